@@ -1,0 +1,99 @@
+"""A case: one cell of a table, as plain data that can be run again without its suite."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["Case", "Mode", "PaperFigure", "Precision", "TechniqueUse"]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+Mode = Literal["train", "infer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TechniqueUse:
+    """A technique by its name in ``memsave.techniques`` and the options it is given."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperFigure:
+    """A figure as a paper prints it: ``text`` for people, the rest for ratios.
+
+    ``relation`` is ``"="`` (printed as a value), ``"~"`` (about) or ``">"`` (more than).
+    ``bytes`` is the printed figure in the unit that the suite states (GB = 10^9, GiB = 2^30).
+    """
+
+    text: str
+    relation: Literal["=", "~", ">"]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One training step or one prediction of one network at one shape.
+
+    Shapes are (x, y, slices): ``requested_shape`` as the suite or the volume gives it, ``shape``
+    as the network sees it, cropped and padded. ``batch_size`` is in samples.
+    """
+
+    network: str
+    variant: str
+    requested_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    mode: Mode = "train"
+    batch_size: int = 1
+    precision: Precision = "fp32"
+    network_options: dict[str, Any] = field(default_factory=dict)
+    techniques: tuple[TechniqueUse, ...] = ()
+    loss: str = "cross_entropy+dice"
+    optimizer: str = "adam"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 2  # steps of the memory pass; the second one has the optimizer's state
+    timed_steps: int = 5  # steps of the time pass, on a GPU only, after one warm-up step
+    seed: int = 0
+    cudnn_benchmark: bool = False
+    time_limit_s: float = 600.0
+    volumes: tuple[str, ...] = ()  # names of the files this shape came from
+    paper: PaperFigure | None = None
+
+    @property
+    def name(self) -> str:
+        """``network/variant/AxBxC/mode``, with the shape that was asked for."""
+        return self._named(self.requested_shape)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The names that ``--case`` globs are matched against."""
+        return tuple(dict.fromkeys((self.name, self._named(self.shape))))
+
+    def _named(self, shape: tuple[int, ...]) -> str:
+        return f"{self.network}/{self.variant}/{'x'.join(map(str, shape))}/{self.mode}"
+
+    def to_definition(self) -> dict[str, Any]:
+        """Return the case as JSON-ready data, from which ``from_definition`` makes it again."""
+        return {**dataclasses.asdict(self), "case": self.name}
+
+    @classmethod
+    def from_definition(cls, definition: dict[str, Any]) -> Case:
+        """Make the case that ``to_definition`` wrote; keys it does not know are ignored."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in definition.items() if k in known}
+        for key in ("requested_shape", "shape", "volumes"):
+            values[key] = tuple(values.get(key, ()))
+        values["techniques"] = tuple(TechniqueUse(**t) for t in values.get("techniques", ()))
+        if values.get("paper") is not None:
+            values["paper"] = PaperFigure(**values["paper"])
+        return cls(**values)
+
+    def digest(self) -> str:
+        """Return a short hash of all that shapes the figures, so not of the paper's figure."""
+        data = {k: v for k, v in self.to_definition().items() if k not in ("paper", "volumes")}
+        text = json.dumps(data, sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
