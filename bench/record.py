@@ -223,9 +223,13 @@ def _cut_off(line: str) -> bool:
     return line.startswith('{"case":') and not line.rstrip().endswith("}}")
 
 
-def last_records(records: Iterable[Record]) -> dict[tuple[str, str, str | None], Record]:
-    """Return the last record of each (case, evidence, card), in order of first appearance."""
-    last: dict[tuple[str, str, str | None], Record] = {}
+def last_records(records: Iterable[Record]) -> list[Record]:
+    """Return the last record of each case, in order of first appearance.
+
+    Measured and predicted, other suites, other cards and emulated cards are cases of their own.
+    """
+    last: dict[tuple[str | None, ...], Record] = {}
     for record in records:
-        last[(record.case, record.evidence, record.card)] = record
-    return last
+        suite = record.environment.suite
+        last[(suite, record.case, record.evidence, record.card, record.capped_to)] = record
+    return list(last.values())

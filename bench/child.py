@@ -1,0 +1,128 @@
+"""The parent's side of a run: a child process that is asked one case after another."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.errors import MembenchError
+
+__all__ = ["Child", "ChildCrashError", "ChildTimeoutError"]
+
+_START_LIMIT_S = 300.0  # torch's import from a cold network disk
+_FINISH_LIMIT_S = 10.0
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ChildCrashError(MembenchError):
+    """The child ended without an answer; the message says how."""
+
+
+class ChildTimeoutError(MembenchError):
+    """The child did not answer in time and was killed."""
+
+
+class Child:
+    """A process that runs ``python -m module`` and speaks ``bench.serve``'s protocol.
+
+    ``hello`` is what the child said of itself when it was ready.
+    """
+
+    def __init__(self, module: str, environment: dict[str, str] | None = None) -> None:
+        self._log = tempfile.TemporaryFile()
+        self._unread = b""
+        path = os.pathsep.join(p for p in (str(_SOURCE_ROOT), os.environ.get("PYTHONPATH")) if p)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C reaches the parent, which ends the child in order
+        )
+        try:
+            self.hello = self._read_reply(_START_LIMIT_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
+        """Send one request and return its reply.
+
+        Raises ChildTimeoutError after ``limit_s``, ChildCrashError when the child ends first; the
+        child is gone after either.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._crashed() from None
+        return self._read_reply(limit_s)
+
+    def finish(self) -> None:
+        """Let an idle child end by itself, and end it if it does not."""
+        if self._process.stdin is not None and self._process.poll() is None:
+            try:
+                self._process.stdin.close()
+                self._process.wait(_FINISH_LIMIT_S)
+            except (BrokenPipeError, subprocess.TimeoutExpired):
+                pass  # close() ends it
+        self.close()
+
+    def close(self) -> None:
+        """End the child, whatever it is doing."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except BrokenPipeError:
+                    pass  # bytes that a dead child will not read
+        self._log.close()
+
+    def _read_reply(self, limit_s: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + limit_s
+        descriptor = self._process.stdout.fileno()
+        while b"\n" not in self._unread:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
+                self.close()
+                raise ChildTimeoutError(f"no answer within its time limit of {limit_s:g} s")
+            chunk = os.read(descriptor, 1 << 20)
+            if not chunk:
+                raise self._crashed()
+            self._unread += chunk
+        line, _, self._unread = self._unread.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _crashed(self) -> ChildCrashError:
+        code = self._process.wait()
+        if code < 0:
+            try:
+                how = f"killed by {signal.Signals(-code).name}"
+            except ValueError:
+                how = f"killed by signal {-code}"
+        else:
+            how = f"ended with exit code {code}"
+        last = self._last_words()
+        self.close()
+        return ChildCrashError(f"process {how}{': ' + last if last else ''}")
+
+    def _last_words(self) -> str:
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - 4096))
+        lines = self._log.read().decode(errors="replace").split("\n")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

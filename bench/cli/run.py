@@ -1,0 +1,171 @@
+"""``membench run``: every case of a suite, measured or predicted, into one results file."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bench.backends import Device, measured_backend, predicted_backend, use_cuda
+from bench.cli.console import err, out, user_errors
+from bench.environment import read_environment
+from bench.errors import MembenchError
+from bench.predict.cards import find_card
+from bench.record import Record, results_file
+from bench.runner import Backend, Progress, Run, finished_cases, run_cases
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from bench.case import Case
+    from bench.suite import Suite
+
+__all__ = ["run"]
+
+
+def run(
+    suite: Annotated[str, typer.Argument(help="A suite file, or the name of a shipped suite.")],
+    device: Annotated[
+        Device, typer.Option(help="Measure on a GPU, predict without one; auto: as there is one.")
+    ] = "auto",
+    card: Annotated[
+        str | None, typer.Option(help="Predict for this card, or cap the GPU to it (see: list cards).")
+    ] = None,
+    case: Annotated[
+        str | None, typer.Option(help="Run only the cases whose name matches this glob.")
+    ] = None,
+    volumes: Annotated[
+        Path | None, typer.Option(help="Take the input shapes from the NIfTI files of a folder.")
+    ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(help="With --volumes: resample to this spacing in mm, as 1.62,1.62,3.22."),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("my-results"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished cases, run the others.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON record a line, nothing else.")
+    ] = False,
+) -> None:
+    """Run every case of a suite, print the table and append the records."""
+    with user_errors():
+        records, path = _run(suite, device, card, case, volumes, spacing, results, resume, json)
+        if not json:
+            _print_table(records, path)
+    if any(record.status in ("failed", "timeout", "skipped") for record in records):
+        raise typer.Exit(1)
+
+
+def _run(
+    suite_name: str,
+    device: Device,
+    card_name: str | None,
+    glob: str | None,
+    volumes: Path | None,
+    spacing: str | None,
+    results: Path,
+    resume: bool,
+    json: bool,
+) -> tuple[list[Record], Path]:
+    from bench.suite import load_suite
+
+    suite = load_suite(suite_name)
+    cases = suite.cases(volumes=volumes, spacing=spacing, glob=glob)
+    if use_cuda(device):
+        backend = measured_backend(find_card(card_name) if card_name else None)
+    else:
+        backend = _predicted(suite, card_name)
+    environment = read_environment(suite=suite.name, suite_hash=suite.digest)
+    plan = Run(
+        cases=cases,
+        backend=backend,
+        environment=environment,
+        path=results_file(results, backend.card, suite.name, backend.evidence),
+    )
+    return _execute(plan, resume, json), plan.path
+
+
+def _predicted(suite: Suite, card_name: str | None) -> Backend:
+    name = card_name or suite.card
+    if name is None:
+        raise MembenchError(f"suite {suite.name} names no card: choose one with --card")
+    backend, why = predicted_backend(find_card(name))
+    if backend.tracer == "cpu":
+        err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True)
+    return backend
+
+
+def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
+    """Run what is not finished; return all records in the order of the suite."""
+    kept = finished_cases(plan) if resume else {}
+    waiting = [case for case in plan.cases if case.name not in kept]
+    if json:
+        for record in kept.values():
+            _print_json(record)
+    fresh: list[Record] = []
+    if waiting:
+        with _progress(len(waiting)) as bar:
+            report = _reporter(bar, len(waiting), json)
+            fresh = run_cases(dataclasses.replace(plan, cases=waiting), report)
+    by_name = kept | {record.case: record for record in fresh}
+    return [by_name[case.name] for case in plan.cases]
+
+
+def _progress(total: int) -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err(),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    bar.add_task("starting", total=total)
+    return bar
+
+
+def _reporter(bar: Bar, total: int, json: bool) -> Callable[[Progress], None]:
+    """Show each case as it begins and ends; without a terminal, a line on stderr as it ends."""
+    done = 0
+
+    def report(progress: Progress) -> None:
+        nonlocal done
+        task = bar.task_ids[0]
+        if progress.record is None:
+            bar.update(task, description=_shown(progress.case))
+            return
+        done += 1
+        bar.update(task, completed=done)
+        if not sys.stderr.isatty():
+            print(f"[{done}/{total}] {progress.case.name}: {progress.record.status}", file=sys.stderr)
+        if json:
+            _print_json(progress.record)
+
+    return report
+
+
+def _shown(case: Case) -> str:
+    return case.name if len(case.name) <= 60 else "..." + case.name[-57:]
+
+
+def _print_json(record: Record) -> None:
+    print(record.to_json(), flush=True)
+
+
+def _print_table(records: list[Record], path: Path) -> None:
+    from bench.report.terminal import results_table
+
+    out().print(results_table(records))
+    failed = [r for r in records if r.status in ("failed", "timeout", "skipped")]
+    for record in failed:
+        err().print(f"{record.case}: {record.status}: {record.reason}", soft_wrap=True, markup=False)
+    out().print(f"records: {path}", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Prediction: the measured training step, on fake tensors, through an allocator simulator."""

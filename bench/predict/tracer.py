@@ -1,0 +1,360 @@
+"""Records every allocation and release of a training step that runs on fake tensors.
+
+A storage of the traced device that appears is an allocation; a storage that dies is a free. The
+events come out in program order, independent of any card: what depends on the card (library
+workspaces) is left in as a named event and filled in by ``bench.predict.workspaces``.
+
+Two things are attributed besides bytes: the module and source line of the code that allocated.
+During backward both are those of the forward operation whose gradient is being computed, found
+by the sequence number that autograd gives each node.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.errors import MembenchError
+from bench.record import Category
+
+__all__ = ["Event", "Site", "Trace", "TraceError", "Tracer", "fake_device"]
+
+Event = tuple[Any, ...]
+"""``("alloc", id, bytes, stream)``, ``("free", id)``, ``("phase", name)``,
+``("convolution", operand_bytes, "float32" | "half", site)`` or ``("cublas", stream, site)``."""
+
+_aten = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = (__file__, "<")  # frames of the tracer itself and of generated code
+_GRAD_SCALER = str(Path(torch.__file__).parent / "amp" / "grad_scaler.py")
+_MATRIX_PRODUCTS = frozenset(
+    {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv, _aten.addbmm}
+)
+
+
+class TraceError(MembenchError):
+    """The step does something that fake tensors cannot follow; the message names its line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an allocation came from."""
+
+    module: str
+    operator: str
+    source_line: str
+
+
+@dataclass(slots=True)
+class Trace:
+    """The events of a step, and for each allocation id its site and category."""
+
+    events: list[Event] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)  # by allocation id
+    categories: list[Category] = field(default_factory=list)  # by allocation id
+
+
+class Tracer(TorchDispatchMode):
+    """Enter inside a ``FakeTensorMode``; ``trace`` then fills as operators run.
+
+    ``device_type`` is the device whose storages count: ``"cuda"``, or ``"cpu"`` in the fallback.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.device_type = device_type
+        self._live: dict[int, tuple[weakref.ref[Any], int, int]] = {}  # storage -> (ref, id, bytes)
+        self._forward_sites: dict[int, Site] = {}  # autograd sequence number -> site
+        self._module_names: dict[int, str] = {}
+        self._module_stack: list[str] = []
+        self._cublas_seen = False
+        self._recording = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator and record the storages that it made."""
+        if func is torch.ops.prim.device.default or not self._recording:
+            return func(*args, **(kwargs or {}))
+        site = self._site(func)
+        try:
+            result = func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            if func is _aten._local_scalar_dense.default and _asked_by_grad_scaler():
+                return 0.0  # "no infinities found": the step is not skipped
+            raise TraceError(
+                f"{_user_line()}: {func} needs a value that a predicted step does not have; "
+                "keep .item(), .tolist(), nonzero() and sizes that depend on data out of the step"
+            ) from error
+        packet = func.overloadpacket
+        if packet is _aten.convolution or packet is _aten._convolution:
+            self._convolution(args, result, site)
+        elif packet is _aten.convolution_backward:
+            self._convolution_backward(args, result, site)
+        else:
+            if packet in _MATRIX_PRODUCTS:
+                self._cublas(site)
+            self._record_result(result, site)
+        return result
+
+    @contextmanager
+    def attributing(self) -> Iterator[None]:
+        """Follow the calls of modules, so that allocations know their module."""
+        before = register_module_forward_pre_hook(self._enter_module)
+        # always_call: a checkpoint's recomputation leaves its modules by an exception
+        after = register_module_forward_hook(self._leave_module, always_call=True)
+        resize = torch.UntypedStorage.resize_
+        tracer = self
+
+        def resize_and_record(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            tracer._storage_resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize_and_record  # type: ignore[method-assign]
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()  # a collection in mid-step would free at a moment no two runs share
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+            before.remove()
+            after.remove()
+            if collecting:
+                gc.enable()
+
+    def name_modules(self, model: nn.Module) -> None:
+        """Know ``model``'s modules by their dotted names."""
+        self._module_names = {id(module): name for name, module in model.named_modules()}
+
+    def phase(self, name: str) -> None:
+        """Mark the beginning of a phase."""
+        self.trace.events.append(("phase", name))
+
+    def stop(self) -> None:
+        """Record nothing more: what dies from here on is not part of the step."""
+        self._recording = False
+
+    def categorise(self, tensors: Iterator[Tensor], category: Category) -> None:
+        """Give the live storages of ``tensors`` their category."""
+        for tensor in tensors:
+            known = self._live.get(tensor.untyped_storage()._cdata)
+            if known is not None and known[1] >= 0:
+                self.trace.categories[known[1]] = category
+
+    def categorise_live_temporaries(self, category: Category, since: int) -> None:
+        """Give what was allocated from id ``since`` on, and still lives, its category."""
+        categories = self.trace.categories
+        for _, identity, _ in self._live.values():
+            if identity >= since and categories[identity] == "temporary":
+                categories[identity] = category
+
+    # -- storages ---------------------------------------------------------------------------
+
+    def _record_result(self, result: Any, site: Site) -> None:
+        if isinstance(result, Tensor):
+            self._record_tensor(result, site)
+        elif isinstance(result, (tuple, list)):
+            for part in result:
+                self._record_result(part, site)
+
+    def _record_tensor(self, tensor: Tensor, site: Site) -> None:
+        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.device_type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        size = storage.nbytes()
+        if known is None:
+            identity = self._alloc(size, site) if size else -1
+            self._live[key] = (weakref.ref(storage, self._on_death(key)), identity, size)
+        elif known[2] != size:
+            self._resize(key, size, site)
+
+    def _alloc(self, size: int, site: Site) -> int:
+        trace = self.trace
+        identity = len(trace.sites)
+        trace.events.append(("alloc", identity, size, 0))
+        trace.sites.append(site)
+        trace.categories.append("temporary")
+        return identity
+
+    def _temporary(self, size: int, site: Site) -> None:
+        """Allocate and release at once what an operator's inside uses."""
+        self.trace.events.append(("free", self._alloc(size, site)))
+
+    def _on_death(self, key: int) -> Callable[[Any], None]:
+        def dead(_: Any) -> None:
+            known = self._live.pop(key, None)
+            if known is not None and known[1] >= 0 and self._recording:
+                self.trace.events.append(("free", known[1]))
+
+        return dead
+
+    def _resize(self, key: int, size: int, site: Site) -> None:
+        """CUDA resizes by taking the new block, copying, and releasing the old one."""
+        ref, old, _ = self._live[key]
+        new = self._alloc(size, site) if size else -1
+        if old >= 0:
+            self.trace.events.append(("free", old))
+            if new >= 0:
+                self.trace.categories[new] = self.trace.categories[old]
+        self._live[key] = (ref, new, size)
+
+    def _storage_resized(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._live and self._live[key][2] != storage.nbytes() and self._recording:
+            self._resize(key, storage.nbytes(), self._site("resize_"))
+
+    # -- libraries --------------------------------------------------------------------------
+
+    def _convolution(self, args: tuple[Any, ...], result: Any, site: Site) -> None:
+        self._contiguous_copies(args[:1], site)
+        self._record_result(result, site)
+        if not _runs_without_cudnn(self.device_type, *args[:9]):
+            self._workspace((args[0], result), site)
+
+    def _convolution_backward(self, args: tuple[Any, ...], result: Any, site: Site) -> None:
+        gradient, source, weight = args[:3]
+        input_gradient, weight_gradient, bias_gradient = result
+        native = _runs_without_cudnn(
+            self.device_type, source, weight, None, *args[4:10]
+        )
+        self._contiguous_copies((gradient,), site)
+        self._record_result(input_gradient, site)
+        if input_gradient is not None and not native:
+            self._workspace((gradient, input_gradient), site)
+        self._record_result(weight_gradient, site)
+        if weight_gradient is not None and not native:
+            self._workspace((gradient, source), site)
+        self._record_result(bias_gradient, site)
+
+    def _workspace(self, operands: tuple[Tensor, ...], site: Site) -> None:
+        kind = "float32" if operands[0].dtype in (torch.float32, torch.float64) else "half"
+        self.trace.events.append(("convolution", sum(_bytes(t) for t in operands), kind, site))
+
+    def _contiguous_copies(self, operands: tuple[Any, ...], site: Site) -> None:
+        """cuDNN reads dense operands only; torch copies the others first."""
+        for tensor in operands:
+            dense = tensor.is_contiguous() or (
+                tensor.dim() in (4, 5)
+                and tensor.is_contiguous(
+                    memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+                )
+            )
+            if not dense:
+                self._temporary(_bytes(tensor), site)
+
+    def _cublas(self, site: Site) -> None:
+        if not self._cublas_seen:
+            self._cublas_seen = True
+            self.trace.events.append(("cublas", 0, site))
+
+    # -- attribution ------------------------------------------------------------------------
+
+    def _site(self, func: Any) -> Site:
+        node = torch._C._current_autograd_node()
+        operator = str(func)
+        if node is None:
+            site = Site(self._module_stack[-1] if self._module_stack else "", operator, _user_line())
+            # The node of this operator, if it gets one, was numbered just before we were called;
+            # operators without a node follow it and must not take its place.
+            self._forward_sites.setdefault(torch._C._autograd._get_sequence_nr() - 1, site)
+            return site
+        forward = self._forward_sites.get(node._sequence_nr())
+        if self._module_stack:  # a checkpoint recomputes its modules
+            return Site(self._module_stack[-1], operator, _user_line())
+        if forward is None:
+            return Site("", operator, "")
+        return Site(forward.module, operator, forward.source_line)
+
+    def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        self._module_stack.append(self._module_names.get(id(module), type(module).__name__))
+
+    def _leave_module(self, _module: nn.Module, _args: Any, _result: Any) -> None:
+        if self._module_stack:
+            self._module_stack.pop()
+
+
+@contextmanager
+def fake_device(device_type: str) -> Iterator[FakeTensorMode]:
+    """Make every tensor fake, and ``device_type`` the device on which they are made."""
+    with FakeTensorMode() as mode, torch.device("cuda:0" if device_type == "cuda" else "cpu"):
+        yield mode
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _runs_without_cudnn(device_type: str, *convolution: Any) -> bool:
+    """Depthwise 3D convolutions run in torch's own kernel, which takes no workspace."""
+    source, weight, _, _, _, _, transposed, _, groups = convolution
+    if device_type == "cuda":
+        backend = torch._C._select_conv_backend(*convolution)
+        return backend not in (
+            torch._C._ConvBackend.Cudnn,
+            torch._C._ConvBackend.CudnnTranspose,
+        )
+    depthwise = groups > 1 and groups == source.shape[1] and weight.shape[0] % groups == 0
+    return bool(depthwise and source.dim() == 5 and not transposed)
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _asked_by_grad_scaler() -> bool:
+    """Whether GradScaler itself reads the scalar, to decide on skipping the step.
+
+    The optimizer's step that it then calls is not excused.
+    """
+    caller = next(frame for frame in _frames() if frame.f_code.co_filename != __file__)
+    return caller.f_code.co_filename == _GRAD_SCALER
+
+
+def _user_line() -> str:
+    """``file.py:12`` of the innermost frame that is neither torch's nor the tracer's."""
+    for frame in _frames():
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH, *_OURS)):
+            return f"{_short(name)}:{frame.f_lineno}"
+    return ""
+
+
+_shortened: dict[str, str] = {}
+
+
+def _short(filename: str) -> str:
+    """Return the path from the import root, as ``memsave/blocks.py``: the same on every machine."""
+    if filename not in _shortened:
+        roots = [root for root in sys.path if root and filename.startswith(root.rstrip("/") + "/")]
+        root = max(roots, key=len, default="")
+        _shortened[filename] = filename[len(root.rstrip("/")) + 1 :] if root else filename
+    return _shortened[filename]

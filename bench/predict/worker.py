@@ -1,0 +1,56 @@
+"""The process in which cases are traced: ``python -m bench.predict.worker``.
+
+The library that lets fake tensors live on ``cuda:0`` must be loaded before torch, and changes
+what torch says of the machine: so it is never loaded in a user's own process. One worker traces
+many cases, since importing torch is most of a case's time.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from bench.serve import serve
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Load the tracer that ``MEMBENCH_WORKER_TRACER`` names, then serve cases."""
+    tracer = os.environ["MEMBENCH_WORKER_TRACER"]
+    if tracer == "cuda-shim":
+        from bench.predict.shim import build_shim, load_shim
+
+        load_shim(build_shim())
+    import torch
+    import torch.cuda.amp.common
+
+    if tracer == "cuda-shim":
+        # autocast, GradScaler and a checkpoint's recomputation ask this before they use CUDA.
+        torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    hello = {
+        "tracer": tracer,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    serve(hello, lambda request: _predict(request, tracer))
+
+
+def _predict(request: dict[str, Any], tracer: str) -> dict[str, Any]:
+    from bench.case import Case
+    from bench.predict.alloc_conf import parse_alloc_conf
+    from bench.predict.cards import Card
+    from bench.predict.predictor import predict
+
+    return predict(
+        Case.from_definition(request["case"]),
+        Card.from_dict(request["card"]),
+        device_type="cpu" if tracer == "cpu" else "cuda",
+        settings=parse_alloc_conf(request["allocator_settings"]),
+    )
+
+
+if __name__ == "__main__":
+    main()

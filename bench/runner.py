@@ -1,0 +1,274 @@
+"""Runs the cases of a suite in child processes and appends a record as each one finishes.
+
+A measured case gets a process of its own: a clean allocator, and a crash costs one case.
+Predicted cases share warm workers. Whatever happens to a child (crash, hang, kill) becomes the
+record of the case it was running, and the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.case import Case
+from bench.child import Child, ChildCrashError, ChildTimeoutError
+from bench.errors import MembenchError
+from bench.record import (
+    Environment,
+    Evidence,
+    Holder,
+    Parts,
+    Peaks,
+    Record,
+    append_record,
+    read_records,
+)
+
+__all__ = [
+    "Backend",
+    "Progress",
+    "Run",
+    "finished_cases",
+    "make_writable",
+    "run_cases",
+    "usable_cores",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """How cases are run: which module serves them, how many at once, and what they are told."""
+
+    evidence: Evidence
+    module: str  # run as ``python -m module``
+    card: str  # the card the records are for
+    workers: int
+    reuse: bool  # one child for many cases
+    child_environment: dict[str, str] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)  # sent with each case
+    tracer: str | None = None
+    capped_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Cases, how to run them, and where their records go."""
+
+    cases: Sequence[Case]
+    backend: Backend
+    environment: Environment
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a progress bar needs to know: a case has begun, or has ended with a record."""
+
+    case: Case
+    record: Record | None
+
+
+def finished_cases(run: Run) -> dict[str, Record]:
+    """Return the records in the run's file that need not be made again, by case name.
+
+    A case is finished when its last record is ``ok`` or ``oom``, was made from the same
+    definition, and by the same torch, tracer and allocator settings.
+    """
+    if not run.path.exists():
+        return {}
+    digests = {case.name: case.digest() for case in run.cases}
+    last = {record.case: record for record in read_records(run.path)}
+    return {
+        name: record
+        for name, record in last.items()
+        if record.status in ("ok", "oom")
+        and name in digests
+        and Case.from_definition(record.definition).digest() == digests[name]
+        and _made_alike(record, run)
+    }
+
+
+def _made_alike(record: Record, run: Run) -> bool:
+    theirs, ours = record.environment, run.environment
+    return (
+        record.tracer == run.backend.tracer
+        and record.capped_to == run.backend.capped_to
+        and theirs.torch == ours.torch
+        and theirs.membench == ours.membench
+        and theirs.allocator_settings == ours.allocator_settings
+        and theirs.gpu == ours.gpu
+    )
+
+
+def run_cases(run: Run, on_progress: Callable[[Progress], None]) -> list[Record]:
+    """Run every case, append each record as it comes, and return them in the order of the cases.
+
+    ``on_progress`` is called from one thread at a time. On KeyboardInterrupt the children are
+    ended and the interrupt goes on to the caller; what has finished is in the file.
+    """
+    make_writable(run.path)
+    records: dict[int, Record] = {}
+    waiting: queue.SimpleQueue[tuple[int, Case]] = queue.SimpleQueue()
+    for item in enumerate(run.cases):
+        waiting.put(item)
+    lock = threading.Lock()
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def report(index: int, case: Case, record: Record | None) -> None:
+        with lock:
+            if record is not None:
+                append_record(run.path, record)
+                records[index] = record
+            on_progress(Progress(case, record))
+
+    def work() -> None:
+        with _children(run.backend) as child:
+            while not stop.is_set():
+                try:
+                    index, case = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    report(index, case, None)
+                    report(index, case, _run_case(run, case, child))
+                except BaseException as error:  # handed to the caller, below
+                    failures.append(error)
+                    stop.set()
+
+    count = max(1, min(run.backend.workers, len(run.cases)))
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)  # a bare join would not see Ctrl-C
+    except KeyboardInterrupt:
+        stop.set()
+        raise
+    if failures:
+        raise failures[0]
+    return [records[index] for index in sorted(records)]
+
+
+def make_writable(path: Path) -> None:
+    """Make the folder of a results file, or raise MembenchError saying why it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise MembenchError(
+            f"cannot write results to {path}: {error.strerror or error}; "
+            "choose another folder with --results"
+        ) from None
+
+
+class _ChildSlot:
+    """A child that is started when first needed and again after it died."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._child: Child | None = None
+
+    def get(self) -> Child:
+        if self._child is None:
+            self._child = Child(self._backend.module, self._backend.child_environment)
+        return self._child
+
+    def drop(self) -> None:
+        """End a child that cannot be trusted any more."""
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def finish(self) -> None:
+        """End a child that has answered all it was asked."""
+        if self._child is not None:
+            self._child.finish()
+            self._child = None
+
+
+@contextmanager
+def _children(backend: Backend) -> Iterator[_ChildSlot]:
+    slot = _ChildSlot(backend)
+    try:
+        yield slot
+    finally:
+        slot.finish()
+
+
+def _run_case(run: Run, case: Case, slot: _ChildSlot) -> Record:
+    environment = run.environment
+    try:
+        child = slot.get()
+        environment = _with_hello(environment, child.hello)
+        readings = child.ask(
+            {"case": case.to_definition(), **run.backend.request}, case.time_limit_s
+        )
+    except ChildTimeoutError as error:
+        slot.drop()
+        readings = {"status": "timeout", "reason": str(error)}
+    except ChildCrashError as error:
+        slot.drop()
+        readings = {"status": "failed", "reason": str(error)}
+    if not run.backend.reuse:
+        slot.finish()
+    return _record(run.backend, case, readings, environment)
+
+
+def _with_hello(environment: Environment, hello: dict[str, Any]) -> Environment:
+    """Take over what only the child knows, as the versions that it really imported."""
+    known = {f.name for f in dataclasses.fields(Environment)}
+    return dataclasses.replace(
+        environment, **{k: v for k, v in hello.items() if k in known and v is not None}
+    )
+
+
+def _record(
+    backend: Backend, case: Case, readings: dict[str, Any], environment: Environment
+) -> Record:
+    from bench.workload import is_exact, technique_names
+
+    values = dict(readings)
+    values["parts"] = Parts(**values.get("parts", {}))
+    values["phases"] = {k: Peaks(**v) for k, v in values.get("phases", {}).items()}
+    values["peak_holders"] = tuple(Holder(**h) for h in values.get("peak_holders", ()))
+    for key in ("uncalibrated", "step_times_s"):
+        values[key] = tuple(values.get(key, ()))
+    notes = (*environment.notes, *values.pop("notes", ()))
+    return Record(
+        case=case.name,
+        network=case.network,
+        variant=case.variant,
+        techniques=technique_names(case),
+        exact=is_exact(case),
+        precision=case.precision,
+        shape=case.shape,
+        requested_shape=case.requested_shape,
+        mode=case.mode,
+        batch_size=case.batch_size,
+        evidence=backend.evidence,
+        tracer=backend.tracer,  # type: ignore[arg-type]
+        card=backend.card,
+        capped_to=backend.capped_to,
+        definition=case.to_definition(),
+        environment=dataclasses.replace(
+            environment, notes=notes, seed=case.seed, cudnn_benchmark=case.cudnn_benchmark
+        ),
+        volumes=case.volumes,
+        **values,
+    )
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,63 @@
+"""The child's side of a run: cases in on stdin, readings out on what was stdout, a line each.
+
+Everything else that the process prints (a network's own ``print``, warnings) goes to stderr,
+so it cannot be mistaken for a reply.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from bench.errors import MembenchError
+
+__all__ = ["serve"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(hello: dict[str, Any], handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer requests until stdin closes. A request that fails is answered with its reason."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _die_with_parent()
+    _send(replies, hello)
+    for line in sys.stdin:
+        _send(replies, _answer(json.loads(line), handle))
+
+
+def _answer(
+    request: dict[str, Any], handle: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    try:
+        return handle(request)
+    except MembenchError as error:
+        return {"status": "failed", "reason": " ".join(str(error).split())}
+    except Exception as error:
+        # The process boundary: a network of the user's may raise anything, and the other cases
+        # go on. The traceback is kept on stderr, the record keeps the line.
+        traceback.print_exc()
+        return {"status": "failed", "reason": _one_line(error)}
+
+
+def _one_line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{where}"
+
+
+def _send(replies: Any, reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply) + "\n")
+    replies.flush()
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed must not leave a child behind that holds a GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,158 @@
+"""A case made runnable: model, loss, optimizer and batch, and the step that uses them.
+
+One code for real and for fake tensors: it runs on whatever device is the default one when it is
+built, so what is predicted is what is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.case import Case
+from bench.errors import MembenchError, nearest
+from bench.losses import LOSSES
+from memsave.mixed_precision import MixedPrecision
+from memsave.networks import NETWORKS
+from memsave.techniques import Technique, find_technique, parse_options
+
+__all__ = ["OPTIMIZERS", "Mark", "Workload", "build_workload", "is_exact", "technique_names"]
+
+Mark = Callable[[str], None]
+"""Called with ``"model"``, ``"forward"``, ``"backward"`` or ``"optimizer"`` as each begins."""
+
+# What a suite may name. foreach is given explicitly: under fake tensors torch would choose the
+# single-tensor path, which has none of the model-sized temporaries of CUDA's default.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"lr": 4e-4, "foreach": True}),
+    "adamw": (torch.optim.AdamW, {"lr": 4e-4, "foreach": True}),
+    "sgd": (torch.optim.SGD, {"lr": 1e-2, "foreach": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 1e-5, "foreach": True}),
+}
+
+
+@dataclass(slots=True)
+class Workload:
+    """What a case runs. ``step`` is one training step, or one prediction of a volume."""
+
+    model: nn.Module
+    images: Tensor  # (batch, channels, x, y, slices)
+    target: Tensor | None  # (batch, x, y, slices) class indices; None in mode "infer"
+    loss: Callable[[Tensor, Tensor], Tensor] | None
+    optimizer: torch.optim.Optimizer | None
+    precision: MixedPrecision
+    techniques: list[tuple[Technique, Any]] = field(default_factory=list)
+
+    def step(self, mark: Mark) -> None:
+        """Run one step, telling ``mark`` when each phase begins."""
+        with ExitStack() as around:
+            for technique, options in self.techniques:
+                around.enter_context(technique.step(self.model, options))
+            if self.optimizer is None:
+                self._infer(mark)
+            else:
+                self._train(mark, self.optimizer)
+
+    def _infer(self, mark: Mark) -> None:
+        mark("forward")
+        with torch.no_grad(), self.precision.forward():
+            self.model(self.images)
+
+    def _train(self, mark: Mark, optimizer: torch.optim.Optimizer) -> None:
+        assert self.loss is not None
+        assert self.target is not None
+        mark("forward")
+        with self.precision.forward():
+            loss = self.loss(self.model(self.images), self.target)
+        mark("backward")
+        self.precision.backward(loss)
+        mark("optimizer")
+        self.precision.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    def parameter_count(self) -> int:
+        """Return the number of trainable parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def build_workload(case: Case, mark: Mark) -> Workload:
+    """Build the model, the optimizer and a random batch on the default device.
+
+    Raises MembenchError where the case names what does not exist.
+    """
+    mark("model")
+    torch.manual_seed(case.seed)
+    device = torch.get_default_device()
+    techniques = [_technique(use.name, use.options) for use in case.techniques]
+    model = _build_model(case, techniques)
+    training = case.mode == "train"
+    model.train(training)
+    optimizer = _build_optimizer(case, model, techniques) if training else None
+    spec = NETWORKS[case.network]
+    channels = int(case.network_options.get("in_channels", spec.in_channels))
+    classes = int(case.network_options.get("classes", spec.classes))
+    images = torch.randn(case.batch_size, channels, *case.shape)
+    target = torch.randint(classes, (case.batch_size, *case.shape)) if training else None
+    return Workload(
+        model=model,
+        images=images,
+        target=target,
+        loss=_find(LOSSES, case.loss, "loss") if training else None,
+        optimizer=optimizer,
+        precision=MixedPrecision(case.precision, device_type=device.type),
+        techniques=techniques,
+    )
+
+
+def _technique(name: str, options: dict[str, Any]) -> tuple[Technique, Any]:
+    technique = find_technique(name)
+    return technique, parse_options(technique, options)
+
+
+def _build_model(case: Case, techniques: list[tuple[Technique, Any]]) -> nn.Module:
+    spec = _find(NETWORKS, case.network, "network")
+    network_options = dict(case.network_options)
+    for technique, options in techniques:
+        network_options = dict(technique.build(network_options, options))
+    model: nn.Module = spec.factory(**network_options)
+    for technique, options in techniques:
+        model = technique.module(model, options)
+    return model
+
+
+def _build_optimizer(
+    case: Case, model: nn.Module, techniques: list[tuple[Technique, Any]]
+) -> torch.optim.Optimizer:
+    kind, defaults = _find(OPTIMIZERS, case.optimizer, "optimizer")
+    options = {**defaults, **case.optimizer_options}
+    if options.get("fused"):  # torch refuses both at once
+        options.pop("foreach", None)
+    optimizer = kind((p for p in model.parameters() if p.requires_grad), **options)
+    for technique, technique_options in techniques:
+        optimizer = technique.optimizer(optimizer, model, technique_options)
+    return optimizer
+
+
+def technique_names(case: Case) -> tuple[str, ...]:
+    """Return the techniques in use: those named, and options that name one (``norm: inplace_abn``)."""
+    from memsave.techniques import TECHNIQUES
+
+    named = [use.name for use in case.techniques]
+    options = [str(v) for v in case.network_options.values() if isinstance(v, str)]
+    return tuple(dict.fromkeys([*(o for o in options if o in TECHNIQUES), *named]))
+
+
+def is_exact(case: Case) -> bool:
+    """Whether all techniques in use give the plain network's gradients at the same precision."""
+    return all(find_technique(name).exact for name in technique_names(case))
+
+
+def _find(table: dict[str, Any], name: str, kind: str) -> Any:
+    if name not in table:
+        raise MembenchError(f"unknown {kind} {name!r}{nearest(name, table)}")
+    return table[name]

@@ -1,0 +1,26 @@
+"""Training 3D segmentation networks in less memory: techniques, and the networks they came with."""
+
+from memsave.checkpoint import checkpoint_block, checkpoint_sequence, checkpoint_steps
+from memsave.errors import InputError, MemsaveError, OptionError, UnknownNameError
+from memsave.in_place_abn import InPlaceABN, in_place_abn
+from memsave.mixed_precision import MixedPrecision
+from memsave.networks import FCN, NETWORKS
+from memsave.techniques import TECHNIQUES, Technique, find_technique
+
+__all__ = [
+    "FCN",
+    "NETWORKS",
+    "TECHNIQUES",
+    "InPlaceABN",
+    "InputError",
+    "MemsaveError",
+    "MixedPrecision",
+    "OptionError",
+    "Technique",
+    "UnknownNameError",
+    "checkpoint_block",
+    "checkpoint_sequence",
+    "checkpoint_steps",
+    "find_technique",
+    "in_place_abn",
+]

@@ -1,0 +1,180 @@
+"""The literal table of techniques: the name in a suite file -> what it does, and where.
+
+A technique acts at up to four places: on the options that a network is built with, on the module,
+around the step, on the optimizer. Whatever it leaves out does nothing. Adding one is a module, its
+test and one entry here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from memsave.checkpoint import checkpoint_block
+from memsave.errors import OptionError, UnknownNameError
+
+__all__ = [
+    "TECHNIQUES",
+    "CheckpointOptions",
+    "NoOptions",
+    "Technique",
+    "find_technique",
+    "parse_options",
+]
+
+
+def _same_network_options(network_options: Mapping[str, Any], options: Any) -> dict[str, Any]:
+    return dict(network_options)
+
+
+def _same_module(model: nn.Module, options: Any) -> nn.Module:
+    return model
+
+
+def _plain_step(model: nn.Module, options: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _same_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, options: Any
+) -> torch.optim.Optimizer:
+    return optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """For a technique that has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointOptions:
+    """Which of the blocks that a network calls checkpointable are recomputed."""
+
+    every: int = 1  # every k-th block, the first included
+    blocks: tuple[str, ...] = ()  # these blocks instead, by their names in the network
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise OptionError(f"every must be 1 or more, got {self.every}")
+        if self.blocks and self.every != 1:
+            raise OptionError(f"give blocks or every, not both: got {self.blocks}, {self.every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Technique:
+    """One way to spend less memory, as a suite file names it. ``options`` is a frozen dataclass."""
+
+    name: str  # the key in a suite
+    summary: str
+    exact: bool  # True: gradients equal those of the same network without it, bit for bit
+    source: str
+    options: type = NoOptions
+    build: Callable[[Mapping[str, Any], Any], dict[str, Any]] = _same_network_options
+    module: Callable[[nn.Module, Any], nn.Module] = _same_module
+    step: Callable[[nn.Module, Any], AbstractContextManager[None]] = _plain_step
+    optimizer: Callable[[torch.optim.Optimizer, nn.Module, Any], torch.optim.Optimizer] = (
+        _same_optimizer
+    )
+
+
+def _use_in_place_abn(network_options: Mapping[str, Any], options: NoOptions) -> dict[str, Any]:
+    return {**network_options, "norm": "inplace_abn"}
+
+
+def _checkpoint_blocks(model: nn.Module, options: CheckpointOptions) -> nn.Module:
+    names = _checkpointable(model)
+    for name in options.blocks:
+        if name not in names:
+            raise UnknownNameError("checkpointable block", name, names)
+    for name in options.blocks or names[:: options.every]:
+        checkpoint_block(model.get_submodule(name))
+    return model
+
+
+def _checkpointable(model: nn.Module) -> tuple[str, ...]:
+    if not hasattr(model, "checkpointable_blocks"):
+        raise OptionError(
+            f"{type(model).__name__} names no checkpointable blocks: give its class a method "
+            "checkpointable_blocks(), or call memsave.checkpoint_block on its modules"
+        )
+    return tuple(model.checkpointable_blocks())
+
+
+def _table(*techniques: Technique) -> dict[str, Technique]:
+    table = {technique.name: technique for technique in techniques}
+    if len(table) != len(techniques):
+        raise ValueError(f"two techniques of one name: {[t.name for t in techniques]}")
+    return table
+
+
+TECHNIQUES: dict[str, Technique] = _table(
+    Technique(
+        name="inplace_abn",
+        summary="BatchNorm and leaky ReLU over their input; backward inverts the result",
+        exact=False,  # gradients come from the inverted result: within rounding, see the module
+        source="Rota Bulo et al., CVPR 2018, arXiv:1712.02616",
+        build=_use_in_place_abn,
+    ),
+    Technique(
+        name="checkpoint",
+        summary="keep a block's input alone and run its forward again in backward",
+        exact=True,
+        source="Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174",
+        options=CheckpointOptions,
+        module=_checkpoint_blocks,
+    ),
+)
+
+
+def find_technique(name: str) -> Technique:
+    """Return the technique called ``name``, or raise UnknownNameError with near names."""
+    if name not in TECHNIQUES:
+        raise UnknownNameError("technique", name, TECHNIQUES)
+    return TECHNIQUES[name]
+
+
+def parse_options(technique: Technique, mapping: Mapping[str, Any]) -> Any:
+    """Make the options of ``technique`` from what a suite file holds.
+
+    Raises UnknownNameError for an option that it does not have, OptionError for a value of the
+    wrong type or out of range.
+    """
+    hints = typing.get_type_hints(technique.options)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(technique.options)}
+    values = {}
+    for name, value in mapping.items():
+        if name not in known:
+            raise UnknownNameError(f"option of technique {technique.name!r}", name, known)
+        values[name] = _as(known[name], value, f"option {name!r} of technique {technique.name!r}")
+    return technique.options(**values)
+
+
+def _as(kind: Any, value: Any, what: str) -> Any:
+    """Return ``value`` as ``kind``: bool, int, float, str, a Literal, tuple[x, ...] or x | None."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (a for a in arguments if a is not type(None))
+        return _as(kind, value, what)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise OptionError(f"{what} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise OptionError(f"{what} must be a list, got {value!r}")
+        return tuple(_as(arguments[0], element, what) for element in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise OptionError(f"{what} must be of type {kind.__name__}, got {value!r}")
+    return value
