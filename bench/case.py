@@ -62,6 +62,7 @@ class Case:
     time_limit_s: float = 600.0
     volumes: tuple[str, ...] = ()  # names of the files this shape came from
     paper: PaperFigure | None = None
+    position: int = 0  # place in its suite: records lie in the order in which cases finished
 
     @property
     def name(self) -> str:
@@ -78,7 +79,9 @@ class Case:
 
     def to_definition(self) -> dict[str, Any]:
         """Return the case as JSON-ready data, from which ``from_definition`` makes it again."""
-        return {**dataclasses.asdict(self), "case": self.name}
+        data = {**dataclasses.asdict(self), "case": self.name}
+        # Lists for tuples, as a reader of the JSON gets them: a record equals its read copy.
+        return dict(json.loads(json.dumps(data)))
 
     @classmethod
     def from_definition(cls, definition: dict[str, Any]) -> Case:
@@ -94,6 +97,7 @@ class Case:
 
     def digest(self) -> str:
         """Return a short hash of all that shapes the figures, so not of the paper's figure."""
-        data = {k: v for k, v in self.to_definition().items() if k not in ("paper", "volumes")}
-        text = json.dumps(data, sort_keys=True, default=list)
+        aside = ("paper", "volumes", "position")
+        data = {k: v for k, v in self.to_definition().items() if k not in aside}
+        text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -44,7 +44,9 @@ def parse_shape(text: str, sides: tuple[int, ...] = (2, 3)) -> Shape:
     parts = text.split("x")
     for part in parts:
         if not re.fullmatch(r"[+-]?[0-9]+", part):
-            raise SuiteError(f"side {part!r} of {text!r} is not a whole number; write {_form(sides)}")
+            raise SuiteError(
+                f"side {part!r} of {text!r} is not a whole number; write {_form(sides)}"
+            )
     if len(parts) not in sides:
         counts = " or ".join(map(str, sides))
         raise SuiteError(f"{text!r} has {len(parts)} side(s), not {counts}; write {_form(sides)}")

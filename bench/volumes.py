@@ -8,10 +8,12 @@ stored in that order, as nibabel does.
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,13 @@ def read_volume(path: Path, name: str) -> Volume:
     """
     image = _load(path)
     stored = tuple(int(side) for side in image.shape)
-    if len(stored) < 3 or any(side != 1 for side in stored[3:]) or 0 in stored:
+    if len(stored) < 3 or min(stored) < 1 or max(stored[3:], default=1) > 1:
         sides = "x".join(map(str, stored))
         raise MembenchError(f"{path} is not 3D: its header says {sides}; remove it or split it")
     _check_complete(path, image)
     axes = _world_axes(path, image.affine)
-    from nibabel.affines import voxel_sizes
-
-    sizes = [float(size) for size in voxel_sizes(image.affine)]
+    # The length of each column of the affine: the spacing of an oblique file too.
+    sizes = [math.hypot(*column) for column in image.affine[:3, :3].T.tolist()]
     shape, spacing = [0, 0, 0], [0.0, 0.0, 0.0]
     for stored_axis, axis in enumerate(axes):
         shape[axis], spacing[axis] = stored[stored_axis], sizes[stored_axis]
@@ -96,16 +97,27 @@ def read_volume(path: Path, name: str) -> Volume:
 def _load(path: Path) -> Any:
     import nibabel
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.imageglobals import logger
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        image = nibabel.load(path)
+        with _silenced(logger):  # what it would print says again what it raises
+            image = nibabel.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise MembenchError(f"{path} cannot be read as NIfTI: {reason}") from None
+        raise MembenchError(f"{path} is truncated or not a NIfTI file: {reason}") from None
     if not isinstance(image, nibabel.Nifti1Image):  # NIfTI-2 is a subclass of it
         raise MembenchError(f"{path} is not a NIfTI file, but {type(image).__name__}")
     return image
+
+
+@contextmanager
+def _silenced(logger: logging.Logger) -> Iterator[None]:
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _world_axes(path: Path, affine: Any) -> list[int]:
@@ -113,7 +125,8 @@ def _world_axes(path: Path, affine: Any) -> list[int]:
     import numpy as np
     from nibabel.orientations import io_orientation
 
-    axes = io_orientation(affine)[:, 0] if np.isfinite(affine).all() else np.full(3, np.nan)
+    readable = bool(np.isfinite(affine).all())
+    axes = io_orientation(affine)[:, 0] if readable else np.full(3, np.nan)  # type: ignore[no-untyped-call]
     if np.isnan(axes).any():
         raise MembenchError(f"{path} has an affine that does not say which axis is x, y or slices")
     return [int(axis) for axis in axes]
@@ -122,17 +135,18 @@ def _world_axes(path: Path, affine: Any) -> list[int]:
 def _check_complete(path: Path, image: Any) -> None:
     data = image.dataobj  # nibabel's proxy: knows where the voxels lie, has not read them
     expected = int(data.offset) + math.prod(image.shape) * int(data.dtype.itemsize)
-    compressed = path.name.endswith(".gz")
-    held = _unpacked_bytes(path, expected) if compressed else path.stat().st_size
-    if held < expected:
-        unpacked = " unpacked" if compressed else ""
+    if path.name.endswith(".gz"):
+        complete = _unpacks_to(path, expected)
+    else:
+        complete = path.stat().st_size >= expected
+    if not complete:
         raise MembenchError(
-            f"{path} is truncated: its header announces {expected} bytes{unpacked}, it holds {held}"
+            f"{path} is truncated: its header announces {expected} bytes, more than there are"
         )
 
 
-def _unpacked_bytes(path: Path, expected: int) -> int:
-    """Return how many bytes a gzip file unpacks to, counting no further than ``expected``.
+def _unpacks_to(path: Path, expected: int) -> bool:
+    """Whether a gzip file unpacks to at least ``expected`` bytes.
 
     A gzip file ends in its own unpacked length (modulo 2^32), which a cut file does not: where
     that agrees nothing is unpacked. Otherwise (cut, or packed in several members) it is counted.
@@ -140,15 +154,15 @@ def _unpacked_bytes(path: Path, expected: int) -> int:
     with path.open("rb") as file:
         file.seek(-4, 2)
         if int.from_bytes(file.read(4), "little") == expected % 2**32:
-            return expected
+            return True
     held = 0
     try:
-        with gzip.open(path) as file:
-            while held < expected and (chunk := file.read(_CHUNK_BYTES)):
+        with gzip.open(path) as packed:
+            while held < expected and (chunk := packed.read(_CHUNK_BYTES)):
                 held += len(chunk)
-    except (EOFError, OSError, zlib.error):  # cut, or damaged, after `held` bytes
-        pass
-    return min(held, expected)
+    except (EOFError, OSError, zlib.error):  # cut or damaged
+        return False
+    return held >= expected
 
 
 def parse_spacing(text: str) -> Spacing:

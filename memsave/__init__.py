@@ -2,7 +2,7 @@
 
 from memsave.checkpoint import checkpoint_block, checkpoint_sequence, checkpoint_steps
 from memsave.errors import InputError, MemsaveError, OptionError, UnknownNameError
-from memsave.in_place_abn import InPlaceABN, in_place_abn
+from memsave.in_place_abn import InPlaceABN
 from memsave.mixed_precision import MixedPrecision
 from memsave.networks import FCN, NETWORKS
 from memsave.techniques import TECHNIQUES, Technique, find_technique
@@ -22,5 +22,4 @@ __all__ = [
     "checkpoint_sequence",
     "checkpoint_steps",
     "find_technique",
-    "in_place_abn",
 ]

@@ -43,7 +43,7 @@ def checkpoint_block(module: nn.Module) -> nn.Module:
         RuntimeError from autograd, in backward, if somebody else has overwritten it since.
     """
     if not isinstance(module, _Checkpointed):
-        module.__class__ = _checkpointed_class(type(module))
+        module.__class__ = _checkpointed_class(type(module))  # type: ignore[arg-type]
     return module
 
 
@@ -151,7 +151,7 @@ def _checkpointed_class(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _restore(plain: type[nn.Module]) -> nn.Module:
-    made = _checkpointed_class(plain)
+    made: type[nn.Module] = _checkpointed_class(plain)  # type: ignore[arg-type]
     return made.__new__(made)
 
 

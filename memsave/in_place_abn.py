@@ -13,6 +13,8 @@ where z is summed with a skip, autograd hands the same tensor to both branches.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,10 +30,11 @@ __all__ = ["Activation", "InPlaceABN", "in_place_abn"]
 Activation = Literal["leaky_relu", "elu", "identity"]
 ACTIVATIONS: tuple[Activation, ...] = ("leaky_relu", "elu", "identity")
 
-# Elements of one temporary in backward: 8 MiB in float32. Larger ones fall out of the caches
-# (on two CPU cores, 1x32x64x64x64: 13.5 ms at 2^20, 16.2 ms at 2^22), smaller ones make a GPU
-# wait for launches.
-CHUNK_ELEMENTS = 2**21
+# A temporary of backward holds an eighth of the activation's bytes: smaller ones would cost more
+# in launches, and in tracing, than they save. Below SMALL_ELEMENTS (8 MiB in float32) nothing is
+# worth saving.
+PARTS = 8
+SMALL_ELEMENTS = 2**21
 
 
 def in_place_abn(
@@ -55,19 +58,20 @@ def in_place_abn(
     Shapes: ``x`` and result ``(N, C, *)``, any number of sides, floating point, one storage; the
         others ``(C,)``. ``weight`` and ``bias`` may be of a wider type than ``x``: with half
         activations, statistics, weights and their gradients stay float32.
-    Memory: keeps z, ``x.nbytes`` bytes, which the next layer keeps anyway, and of each channel
-        one statistic beside weight and bias. BatchNorm and activation keep ``x.nbytes`` more.
-        Temporaries in backward are 8 MiB each, or one channel's if that is more (float32; half
-        types compute in float32). A ``x`` that is not contiguous is taken in one piece.
-    Exact: the result equals BatchNorm's and the activation's. Gradients come from the inverted
-        result: their error, relative to the largest, is about that of one rounding of z times
-        ``1 / slope`` for negatives, and times ``|bias| / g``: see ``tests/memsave`` for the bounds
-        asserted in each type. ELU cannot tell inputs below about -16 (fp32) from each other;
-        their own gradient is 0 there in any case.
+    Memory: keeps z, ``x.nbytes`` bytes, which the next layer keeps anyway, and 1/std, one number
+        a channel; BatchNorm and activation keep ``x.nbytes`` more. Forward has no temporary of an
+        activation's size. Backward has two at a time (leaky ReLU; three in half precision, where
+        it computes in float32) of ``x.nbytes / 8``, or of 8 MiB if that is more.
+    Exact: the result is that of BatchNorm with weight ``|weight| + eps`` and the activation, bit
+        for bit with leaky ReLU. For the gradients xhat is read off the result, which gives it
+        within ``2 u (|xhat| + |bias| / g)``, u being half the type's ``finfo.eps``: float32
+        6e-8, float16 5e-4, bfloat16 4e-3. So a scale g near 0 beside a bias loses xhat, and with
+        it the weight's gradient; float16 adds ``3e-8 / (slope g)`` near zero, where its numbers
+        are evenly spaced. ELU loses what lies below about ``log(u)``, where its own slope is u.
     Errors: InputError if ``x`` is not floating point, has the wrong channels or but one value a
-        channel in training, or is a leaf that requires grad. RuntimeError from autograd, in
-        backward, if the producer of ``x`` needs its output or z was changed in place; and for
-        a second backward (z is gone) or a double one.
+        channel in training, or is a leaf that requires grad. RuntimeError in backward if the
+        producer of ``x`` needs its output or z was changed in place (autograd's own), and for a
+        second backward, since z is gone, or a double one.
 
     Danger, unchecked: another reader of ``x`` (a pre-activation residual) sees the result in its
     place; and once backward has run, z holds a gradient: take what is to be logged of it before.
@@ -79,7 +83,7 @@ def in_place_abn(
     updated = [b for b in (running_mean, running_var) if b is not None and batch_statistics]
     # Statistics in half would overflow or stall, so they are computed beside the buffers.
     running = [b if b is None else b.to(compute) for b in (running_mean, running_var)]
-    z: Tensor = _InPlaceABN.apply(
+    z: Tensor = _InPlaceABN.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, *running, batch_statistics, momentum, eps, activation, activation_param
     )
     for buffer, value in zip(updated, running, strict=False):
@@ -147,7 +151,8 @@ class InPlaceABN(_NormBase):
 
     def extra_repr(self) -> str:
         """Return BatchNorm's options and the activation."""
-        return f"{super().extra_repr()}, activation={self.activation}[{self.activation_param}]"
+        norm = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{norm}, activation={self.activation}[{self.activation_param}]"
 
 
 class _InPlaceABN(torch.autograd.Function):
@@ -188,6 +193,7 @@ class _InPlaceABN(torch.autograd.Function):
             )
         z, weight, bias, rstd = ctx.saved_tensors
         ctx.inverted = True
+        z = z.detach()  # still counted as a change of z, but a gradient without a history
         scale, shift = _scale_and_shift(z, weight, bias, ctx.eps)
         d_scale, d_shift = _backward_(
             z, dz, scale, shift, rstd, ctx.batch_statistics, ctx.activation, ctx.activation_param
@@ -259,11 +265,12 @@ def _invert_(z: Tensor, activation: Activation, param: float) -> None:
 
 def _activation_backward(dz: Tensor, z: Tensor, activation: Activation, param: float) -> Tensor:
     """Return the gradient of y, in a tensor of its own unless the activation is the identity."""
+    dy = dz
     if activation == "leaky_relu":
-        return torch.ops.aten.leaky_relu_backward(dz, z, param, True)
-    if activation == "elu":
-        return torch.ops.aten.elu_backward(dz, param, 1, 1, True, z)
-    return dz
+        dy = torch.ops.aten.leaky_relu_backward(dz, z, param, True)
+    elif activation == "elu":
+        dy = torch.ops.aten.elu_backward(dz, param, 1, 1, True, z)
+    return dy
 
 
 def _backward_(
@@ -280,44 +287,48 @@ def _backward_(
 
     Channels are independent of each other, so a few at a time keep the temporaries small.
     """
-    channels, d_scale, d_shift = z.shape[1], torch.empty_like(scale), torch.empty_like(shift)
-    count = z.numel() // max(1, channels)
-    step = max(1, CHUNK_ELEMENTS // max(1, count)) if z.is_contiguous() else channels
-    for start in range(0, channels, step):
-        part = slice(start, start + step)
-        z_part = z[:, part]
-        y = z_part if z.dtype == scale.dtype else z_part.to(scale.dtype)
-        dy = _activation_backward(dz[:, part].to(scale.dtype), y, activation, activation_param)
+    step = _channels_at_once(z, parts=PARTS * scale.itemsize // z.itemsize)
+    per_channel = (1, -1) + (1,) * (z.dim() - 2)
+    whole = (z, dz, *(t.view(per_channel) for t in (scale, shift, rstd)))
+    sums = []
+    for z_part, dz_part, *channel in zip(*(torch.split(t, step, 1) for t in whole), strict=True):
+        y, dy = z_part.to(scale.dtype), dz_part.to(scale.dtype)  # themselves, unless half
+        dy = _activation_backward(dy, y, activation, activation_param)
         _invert_(y, activation, activation_param)
-        d_scale[part], d_shift[part] = _norm_backward_(
-            y, dy, scale[part], shift[part], rstd[part], batch_statistics
-        )
+        sums.append(_norm_backward_(y, dy, channel, batch_statistics))
         if y is not z_part:
             z_part.copy_(y)
+    d_scale, d_shift = (torch.cat(parts, 1).flatten() for parts in zip(*sums, strict=True))
     return d_scale, d_shift
 
 
+def _channels_at_once(z: Tensor, parts: int) -> int:
+    channels = max(1, z.shape[1])
+    step = max(math.ceil(channels / parts), SMALL_ELEMENTS * channels // max(1, z.numel()))
+    # Channels last: neighbours in memory are read together or wasted.
+    return min(channels, step if z.is_contiguous() else max(step, 16))
+
+
 def _norm_backward_(
-    y: Tensor, dy: Tensor, scale: Tensor, shift: Tensor, rstd: Tensor, batch_statistics: bool
+    y: Tensor, dy: Tensor, channel: Sequence[Tensor], batch_statistics: bool
 ) -> tuple[Tensor, Tensor]:
     """Overwrite ``y = scale * xhat + shift`` with the gradient of x; ``dy`` is read.
 
+    ``channel`` is scale, shift and 1/std, each (1, C, 1, ...).
     dx = scale * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), without the means where the
     statistics did not come from the batch. Returns sum(dy * xhat) and sum(dy) of each channel.
     """
-    per_channel = (1, -1) + (1,) * (y.dim() - 2)
+    scale, shift, rstd = channel
     others = [d for d in range(y.dim()) if d != 1]
-    centred = y.sub_(shift.view(per_channel))
-    d_shift = dy.sum(others)
-    d_scale = (dy * centred).sum(others) / scale
+    centred = y.sub_(shift)
+    d_shift = dy.sum(others, keepdim=True)
+    d_scale = (dy * centred).sum(others, keepdim=True) / scale
     gain = scale * rstd
     if not batch_statistics:
-        torch.mul(dy, gain.view(per_channel), out=y)
+        torch.mul(dy, gain, out=y)
         return d_scale, d_shift
-    count = y.numel() // max(1, y.shape[1])
-    centred.mul_((-rstd * d_scale / count).view(per_channel))
-    centred.sub_((gain * d_shift / count).view(per_channel))
-    centred.addcmul_(dy, gain.view(per_channel))
+    share = y.shape[1] / max(1, y.numel())
+    centred.mul_(d_scale * rstd * -share).sub_(d_shift * gain * share).addcmul_(dy, gain)
     return d_scale, d_shift
 
 

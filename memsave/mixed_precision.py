@@ -55,7 +55,8 @@ class MixedPrecision:
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of ``loss``, scaled if this precision scales."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        scaled: Tensor = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let ``optimizer`` step with unscaled gradients; not at all if they overflowed."""
@@ -82,7 +83,7 @@ class MixedPrecision:
 
 def _require_autocast(precision: str, device_type: str) -> None:
     available = torch.amp.is_autocast_available(device_type)
-    if device_type == "cuda" and torch.cuda.amp.common.amp_definitely_not_available():
+    if device_type == "cuda" and torch.cuda.amp.common.amp_definitely_not_available():  # type: ignore[no-untyped-call]
         available = False
     if not available:
         raise OptionError(

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from memsave.errors import OptionError, UnknownNameError
 __all__ = [
     "TECHNIQUES",
     "CheckpointOptions",
+    "NamesBlocks",
     "NoOptions",
     "Technique",
     "find_technique",
@@ -31,22 +32,31 @@ __all__ = [
 ]
 
 
-def _same_network_options(network_options: Mapping[str, Any], options: Any) -> dict[str, Any]:
+def _same_network_options(network_options: Mapping[str, Any], _options: Any) -> dict[str, Any]:
     return dict(network_options)
 
 
-def _same_module(model: nn.Module, options: Any) -> nn.Module:
+def _same_module(model: nn.Module, _options: Any) -> nn.Module:
     return model
 
 
-def _plain_step(model: nn.Module, options: Any) -> AbstractContextManager[None]:
+def _plain_step(_model: nn.Module, _options: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
 def _same_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, options: Any
+    optimizer: torch.optim.Optimizer, _model: nn.Module, _options: Any
 ) -> torch.optim.Optimizer:
     return optimizer
+
+
+@runtime_checkable
+class NamesBlocks(Protocol):
+    """A network that says which of its modules may be recomputed, in the order they run."""
+
+    def checkpointable_blocks(self) -> tuple[str, ...]:
+        """Return the modules' dotted names."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +95,7 @@ class Technique:
     )
 
 
-def _use_in_place_abn(network_options: Mapping[str, Any], options: NoOptions) -> dict[str, Any]:
+def _use_in_place_abn(network_options: Mapping[str, Any], _options: NoOptions) -> dict[str, Any]:
     return {**network_options, "norm": "inplace_abn"}
 
 
@@ -100,12 +110,12 @@ def _checkpoint_blocks(model: nn.Module, options: CheckpointOptions) -> nn.Modul
 
 
 def _checkpointable(model: nn.Module) -> tuple[str, ...]:
-    if not hasattr(model, "checkpointable_blocks"):
+    if not isinstance(model, NamesBlocks):
         raise OptionError(
             f"{type(model).__name__} names no checkpointable blocks: give its class a method "
             "checkpointable_blocks(), or call memsave.checkpoint_block on its modules"
         )
-    return tuple(model.checkpointable_blocks())
+    return model.checkpointable_blocks()
 
 
 def _table(*techniques: Technique) -> dict[str, Technique]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from memsave.errors import OptionError, UnknownNameError
 
-__all__ = ["WIDTHS", "doubling", "pocket", "resolve_widths"]
+__all__ = ["WIDTHS", "doubling", "pocket", "positive", "resolve_widths"]
 
 DEFAULT_BASE = 64
 DEFAULT_LEVELS = 4
@@ -39,27 +39,29 @@ def resolve_widths(
 
     Raises UnknownNameError for a rule that is not there, OptionError for numbers that cannot be.
     """
-    for name, value in (("base_width", base), ("levels", levels)):
-        if value is not None and (not _is_int(value) or value < 1):
-            raise OptionError(f"{name} must be an integer of 1 or more, got {value!r}")
-    if isinstance(widths, str):
-        if widths not in WIDTHS:
-            raise UnknownNameError("widths", widths, WIDTHS)
-        return WIDTHS[widths](base or DEFAULT_BASE, levels or DEFAULT_LEVELS)
-    return _explicit(widths, base, levels)
+    if not isinstance(widths, str):
+        return _explicit(widths, base, levels)
+    if widths not in WIDTHS:
+        raise UnknownNameError("widths", widths, WIDTHS)
+    return WIDTHS[widths](
+        positive("base_width", DEFAULT_BASE if base is None else base),
+        positive("levels", DEFAULT_LEVELS if levels is None else levels),
+    )
 
 
-def _explicit(widths: Sequence[int], base: int | None, levels: int | None) -> tuple[int, ...]:
+def positive(name: str, value: object) -> int:
+    """Return ``value`` if it is an integer of 1 or more, or raise OptionError naming ``name``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name} must be an integer of 1 or more, got {value!r}")
+    return value
+
+
+def _explicit(widths: object, base: int | None, levels: int | None) -> tuple[int, ...]:
     if not isinstance(widths, Sequence) or not widths:
         raise OptionError(f"widths must be a rule's name or a list of channels, got {widths!r}")
-    if not all(_is_int(width) and width > 0 for width in widths):
-        raise OptionError(f"widths must be integers of 1 or more, got {list(widths)}")
+    channels = tuple(positive("each of widths", width) for width in widths)
     if levels not in (None, len(widths)):
-        raise OptionError(f"levels is {levels}, but widths {list(widths)} has {len(widths)}")
-    if base not in (None, widths[0]):
-        raise OptionError(f"base_width is {base}, but widths {list(widths)} starts otherwise")
-    return tuple(widths)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        raise OptionError(f"levels is {levels}, but widths {list(channels)} has {len(channels)}")
+    if base not in (None, channels[0]):
+        raise OptionError(f"base_width is {base}, but widths {list(channels)} starts otherwise")
+    return channels

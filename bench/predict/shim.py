@@ -36,8 +36,10 @@ __all__ = [
     "cache_folder",
     "choose_tracer",
     "find_compiler",
+    "gpu_visible",
     "load_shim",
     "torch_build",
+    "wanted_cache_folder",
 ]
 
 TRACER_VARIABLE = "MEMBENCH_TRACER"
@@ -265,14 +267,14 @@ def choose_tracer() -> tuple[Tracer, str]:
     forced = os.environ.get(TRACER_VARIABLE)
     if forced:
         return _forced_tracer(forced)
-    gpu, why_no_gpu = _usable_gpu()
-    if gpu is not None:
-        return "cuda", gpu
+    visible, why = gpu_visible()
+    if visible:
+        return "cuda", why
     try:
         library = build_shim()
     except ShimUnavailable as error:
-        return "cpu", f"{why_no_gpu}, and {error}"
-    return "cuda-shim", f"{why_no_gpu}; shim at {library}"
+        return "cpu", f"{why}, and {error}"
+    return "cuda-shim", f"{why}; shim at {library}"
 
 
 def _forced_tracer(name: str) -> tuple[Tracer, str]:
@@ -286,24 +288,31 @@ def _forced_tracer(name: str) -> tuple[Tracer, str]:
     raise MembenchError(f"{why} is not a tracer{nearest(name, known)}; use {', '.join(known)}")
 
 
-def _usable_gpu() -> tuple[str | None, str]:
-    """Return (the GPU that torch would find, ""), or (None, why it would find none)."""
+def gpu_visible() -> tuple[bool, str]:
+    """Return whether torch, once imported, would find an NVIDIA GPU, and which, or why not.
+
+    Decided from files, the environment and NVML. A driver too old for torch's CUDA is not seen.
+    """
     torch = torch_build()
     if torch is None:
-        return None, "torch is not installed"
+        return False, "torch is not installed"
     if torch.cuda is None:
-        return None, f"torch {torch.version} is built without CUDA"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and (not visible.strip() or visible.strip().startswith("-")):
-        return None, f"CUDA_VISIBLE_DEVICES={visible} hides every GPU"
+        return False, f"torch {torch.version} is built without CUDA"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and (not chosen.strip() or chosen.strip().startswith("-")):
+        return False, f"CUDA_VISIBLE_DEVICES={chosen} hides every GPU"
     from bench import nvml
 
     notes: list[str] = []
     devices = nvml.devices(notes)
     if devices:
-        return f"{devices[0].name}, torch built for CUDA {torch.cuda}", ""
+        return True, f"{devices[0].name}, torch built for CUDA {torch.cuda}"
     # Without the Python package for NVML the device files still tell of a driver.
-    files = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    files = _device_files()
     if files and not nvml.installed():
-        return f"{files[0]}, torch built for CUDA {torch.cuda}", ""
-    return None, f"no NVIDIA GPU is visible ({notes[0] if notes else 'the driver lists none'})"
+        return True, f"{files[0]}, torch built for CUDA {torch.cuda}"
+    return False, f"no NVIDIA GPU is visible ({notes[0] if notes else 'the driver lists none'})"
+
+
+def _device_files() -> list[Path]:
+    return sorted(Path("/dev").glob("nvidia[0-9]*"))

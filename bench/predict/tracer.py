@@ -48,6 +48,7 @@ _aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = (__file__, "<")  # frames of the tracer itself and of generated code
 _GRAD_SCALER = str(Path(torch.__file__).parent / "amp" / "grad_scaler.py")
+_OPTIMIZERS = str(Path(torch.__file__).parent / "optim")
 _MATRIX_PRODUCTS = frozenset(
     {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv, _aten.addbmm}
 )
@@ -135,7 +136,6 @@ class Tracer(TorchDispatchMode):
 
         torch.UntypedStorage.resize_ = resize_and_record  # type: ignore[method-assign]
         collecting = gc.isenabled()
-        gc.collect()
         gc.disable()  # a collection in mid-step would free at a moment no two runs share
         try:
             yield
@@ -335,8 +335,13 @@ def _asked_by_grad_scaler() -> bool:
 
     The optimizer's step that it then calls is not excused.
     """
-    caller = next(frame for frame in _frames() if frame.f_code.co_filename != __file__)
-    return caller.f_code.co_filename == _GRAD_SCALER
+    for frame in _frames():
+        name = frame.f_code.co_filename
+        if name == _GRAD_SCALER:
+            return True
+        if name != __file__ and (name.startswith(_OPTIMIZERS) or not name.startswith(_TORCH)):
+            return False
+    return False
 
 
 def _user_line() -> str:

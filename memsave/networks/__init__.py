@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from memsave.errors import OptionError, UnknownNameError
+from memsave.errors import UnknownNameError
 from memsave.networks.fcn import FCN, fcn_divisor
 from memsave.networks.spec import NetworkSpec
 

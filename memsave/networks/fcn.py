@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from memsave.blocks import DoubleConv, NormAct, find_block, find_norm
-from memsave.errors import InputError, OptionError
-from memsave.widths import resolve_widths
+from memsave.errors import InputError
+from memsave.widths import positive, resolve_widths
 
 __all__ = ["FCN", "fcn_divisor"]
 
@@ -52,10 +51,8 @@ class FCN(nn.Module):
         norm: str = "batch_norm",
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("classes", classes)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(f"{name} must be an integer of 1 or more, got {value!r}")
-        self.in_channels = in_channels
+        self.in_channels = positive("in_channels", in_channels)
+        positive("classes", classes)
         self.widths = resolve_widths(widths, base_width, levels)
         norm_act = find_norm(norm)
         inputs = (in_channels, *self.widths)
@@ -74,7 +71,7 @@ class FCN(nn.Module):
     @property
     def divisor(self) -> tuple[int, int, int]:
         """What each side of the input must be a multiple of."""
-        return (2 ** (len(self.widths) - 1),) * 3
+        return _divisor(self.widths)
 
     def checkpointable_blocks(self) -> tuple[str, ...]:
         """Names of the blocks that may be recomputed, in the order in which they run.
@@ -114,11 +111,15 @@ class FCN(nn.Module):
             )
 
 
-def fcn_divisor(options: Mapping[str, Any]) -> tuple[int, ...]:
+def fcn_divisor(options: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return what each side must be a multiple of with these options, building nothing."""
     widths = resolve_widths(
         options.get("widths", "doubling"), options.get("base_width"), options.get("levels")
     )
+    return _divisor(widths)
+
+
+def _divisor(widths: Sequence[int]) -> tuple[int, int, int]:
     return (2 ** (len(widths) - 1),) * 3
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "LIVE",
     "UNMAPPED",
     "Block",
+    "FreeItem",
     "Pool",
     "PoolId",
     "PoolName",
@@ -105,6 +106,9 @@ class VirtualRange:
         return self.address + start, max(end - start, 0)
 
 
+FreeItem = tuple[int, int, int, Block]  # size, address, id, block: the order of the search
+
+
 class Pool:
     """Free blocks of one size class, by stream: each list is ordered by (size, address)."""
 
@@ -114,8 +118,10 @@ class Pool:
         self.small = small
         self.page_bytes = page_bytes  # of expandable segments
         self.id = pool_id
-        self.free: dict[int, list[tuple[int, int, Block]]] = {}
-        self.unmapped: dict[int, list[tuple[int, Block]]] = {}  # ordered by address
+        # The id stands before the block so that blocks are never compared; it decides nothing,
+        # unless a trace is so damaged that two of its segments overlap.
+        self.free: dict[int, list[FreeItem]] = {}
+        self.unmapped: dict[int, list[tuple[int, int, Block]]] = {}  # ordered by address
         self.searches = 0  # counted only while garbage collection is on
 
     @property
@@ -127,7 +133,7 @@ class Pool:
         """Put a free block into its place."""
         block.state = FREE
         block.freed_at_search = self.searches
-        item = (block.size, block.address, block)
+        item = (block.size, block.address, id(block), block)
         blocks = self.free.get(block.stream)
         if blocks is None:
             self.free[block.stream] = [item]
@@ -137,18 +143,18 @@ class Pool:
     def remove(self, block: Block) -> None:
         """Take a free block out; its size and address must not have changed since ``add``."""
         blocks = self.free[block.stream]
-        del blocks[bisect_left(blocks, (block.size, block.address))]
+        del blocks[bisect_left(blocks, (block.size, block.address, id(block)))]
 
     def add_unmapped(self, block: Block) -> None:
         """Note address space that may be mapped."""
         block.state = UNMAPPED
-        insort(self.unmapped.setdefault(block.stream, []), (block.address, block))
+        insort(self.unmapped.setdefault(block.stream, []), (block.address, id(block), block))
 
     def remove_unmapped(self, block: Block) -> None:
         """Forget address space that was mapped, merged or given back."""
         blocks = self.unmapped[block.stream]
-        del blocks[bisect_left(blocks, (block.address,))]
+        del blocks[bisect_left(blocks, (block.address, id(block)))]
 
     def all_free(self) -> list[Block]:
         """Return the free blocks of every stream by (stream, size, address)."""
-        return [item[2] for stream in sorted(self.free) for item in self.free[stream]]
+        return [item[3] for stream in sorted(self.free) for item in self.free[stream]]

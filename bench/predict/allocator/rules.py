@@ -30,8 +30,8 @@ def round_size(size_bytes: int, settings: AllocatorSettings) -> int:
     """Return the bytes that a request of ``size_bytes`` > 0 takes before any block is chosen."""
     divisions = settings.roundup_power2_divisions
     if divisions and size_bytes >= MIN_BLOCK_BYTES:
-        interval = min(max(size_bytes.bit_length() - _FIRST_INTERVAL_BITS, 0), ROUNDUP_INTERVALS - 1)
-        division = divisions[interval]
+        interval = max(size_bytes.bit_length() - _FIRST_INTERVAL_BITS, 0)
+        division = divisions[min(interval, ROUNDUP_INTERVALS - 1)]
         if division > 1 and size_bytes > MIN_BLOCK_BYTES * division:
             return _next_division(size_bytes, division)
     return (size_bytes + MIN_BLOCK_BYTES - 1) // MIN_BLOCK_BYTES * MIN_BLOCK_BYTES

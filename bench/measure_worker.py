@@ -1,0 +1,77 @@
+"""The process in which one case is measured: ``python -m bench.measure_worker``.
+
+A fresh one for each case: a clean caching allocator, no context but its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench import nvml
+from bench.errors import MembenchError
+from bench.serve import serve
+
+__all__ = ["main"]
+
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def main() -> None:
+    """Say which GPU this is and what runs on it, then serve cases."""
+    # Before CUDA is touched: afterwards the device's memory in use holds our own context.
+    used_before = {
+        device.uuid.lower(): nvml.device_used_bytes(device.uuid) for device in nvml.devices()
+    }
+    hello, handle = _prepare(used_before)
+    serve(hello, handle)
+
+
+def _prepare(used_before: dict[str, int | None]) -> tuple[dict[str, Any], Handler]:
+    """Return the hello and the handler; without a GPU, both say that there is none.
+
+    The hello's keys are the fields of ``bench.record.Environment``, and ``memory_bytes``,
+    ``compute_capability`` and ``error``.
+    """
+    import torch
+
+    from bench.cuda import TorchCuda
+
+    hello: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None}
+    try:
+        cuda = TorchCuda()
+    except MembenchError as error:
+        return {**hello, "error": str(error)}, _refuse(str(error))
+    cudnn = torch.backends.cudnn.version()
+    hello |= {
+        "cudnn": None if cudnn is None else str(cudnn),
+        "driver": nvml.driver_version(),
+        "gpu": cuda.name,
+        "gpu_uuid": cuda.uuid,
+        "memory_bytes": cuda.total_bytes,
+        "compute_capability": cuda.compute_capability,
+    }
+
+    def handle(request: dict[str, Any]) -> dict[str, Any]:
+        from bench.case import Case
+        from bench.measure import measure
+
+        return measure(
+            Case.from_definition(request["case"]),
+            cuda,
+            used_before_bytes=used_before.get(cuda.uuid.lower()),
+            capacity_bytes=request.get("capacity_bytes"),
+        )
+
+    return hello, handle
+
+
+def _refuse(why: str) -> Handler:
+    def handle(_request: dict[str, Any]) -> dict[str, Any]:
+        raise MembenchError(why)
+
+    return handle
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""A simulator of PyTorch's CUDA caching allocator, for runs that no GPU has seen.
+
+``simulate`` and ``needs_bytes`` take a run's events; ``CachingAllocator`` is driven call by call.
+"""
+
+from bench.predict.allocator.blocks import DEFAULT_POOL, Block, PoolId, PoolName
+from bench.predict.allocator.caching import CachingAllocator, Counters, OutOfMemory
+from bench.predict.allocator.restore import restore_range, restore_segment
+from bench.predict.allocator.rules import round_size, segment_size
+from bench.predict.allocator.simulate import (
+    Event,
+    PhasePeaks,
+    SimulationResult,
+    needs_bytes,
+    simulate,
+)
+
+__all__ = [
+    "DEFAULT_POOL",
+    "Block",
+    "CachingAllocator",
+    "Counters",
+    "Event",
+    "OutOfMemory",
+    "PhasePeaks",
+    "PoolId",
+    "PoolName",
+    "SimulationResult",
+    "needs_bytes",
+    "restore_range",
+    "restore_segment",
+    "round_size",
+    "segment_size",
+    "simulate",
+]

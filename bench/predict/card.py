@@ -1,0 +1,241 @@
+"""A card: what a GPU model gives a training step, as data. One JSON file each in ``cards/``.
+
+A figure that nobody has measured stands there as an estimate with its source, and the records that
+rest on it say so. A card of one's own is a file of the same form, ``<name>.json``, in the folder
+``$MEMBENCH_CARDS``, else ``$XDG_CONFIG_HOME/membench/cards``, else ``~/.config/membench/cards``; it
+takes the place of a shipped card of the same name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.errors import MembenchError, nearest
+
+__all__ = [
+    "Card",
+    "ConvolutionKind",
+    "ConvolutionWorkspace",
+    "WorkspaceRule",
+    "all_cards",
+    "find_card",
+    "user_cards_folder",
+]
+
+ConvolutionKind = Literal["float32", "half"]
+
+_SHIPPED = Path(__file__).with_name("cards")
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9]+gb")
+# 32 MiB on compute capability 9 and later; 2 x 4096 KiB + 8 x 16 KiB before.
+_CUBLAS_NEW_BYTES = 33_554_432
+_CUBLAS_OLD_BYTES = 8_519_680
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkspaceRule:
+    """What cuDNN takes during one convolution: a floor, and a part of its activation operands.
+
+    Activation operands are the input, the output and their gradients, not the weights.
+    """
+
+    floor_bytes: int
+    operand_fraction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvolutionWorkspace:
+    """cuDNN's workspace by the operands' precision; ``half`` is fp16 and bf16."""
+
+    float32: WorkspaceRule
+    half: WorkspaceRule
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A GPU model. ``memory_bytes`` is CUDA's total memory, a little less than nvidia-smi's.
+
+    ``context_bytes``: what a process holds outside the caching allocator. ``calibration``: what
+    was measured on a real card, if anything was; its form is not fixed yet.
+    """
+
+    name: str  # "<model>-<memory>gb"
+    model: str  # as the driver names it
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+    memory_source: str
+    context_bytes: int
+    context_source: str
+    convolution_workspace: ConvolutionWorkspace
+    calibration: dict[str, Any] | None = None
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What the caching allocator may reserve: the memory less the context."""
+        return self.memory_bytes - self.context_bytes
+
+    @property
+    def cublas_workspace_bytes(self) -> int:
+        """What cuBLAS takes for each handle and stream, and keeps; exact, by torch's rule."""
+        return _CUBLAS_NEW_BYTES if self.compute_capability >= (9, 0) else _CUBLAS_OLD_BYTES
+
+    def convolution_workspace_bytes(self, kind: ConvolutionKind, operand_bytes: int) -> int:
+        """Return cuDNN's workspace for a call whose activation operands have so many bytes."""
+        rule = getattr(self.convolution_workspace, kind)
+        return int(rule.floor_bytes + rule.operand_fraction * operand_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the card as JSON-ready data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "card") -> Card:
+        """Make the card that ``to_dict`` or a file gave.
+
+        Raises MembenchError naming ``where`` and the field that is missing, unknown or wrong.
+        """
+        fields = _Fields(data, where)
+        card = cls(
+            name=fields.text("name"),
+            model=fields.text("model"),
+            compute_capability=fields.capability("compute_capability"),
+            memory_bytes=fields.count("memory_bytes"),
+            memory_source=fields.text("memory_source"),
+            context_bytes=fields.count("context_bytes"),
+            context_source=fields.text("context_source"),
+            convolution_workspace=_convolution_workspace(fields.object("convolution_workspace")),
+            calibration=fields.optional("calibration"),
+        )
+        fields.no_others()
+        if not _NAME.fullmatch(card.name):
+            raise fields.wrong("name", "a name such as 'rtx4090-24gb'")
+        if card.context_bytes >= card.memory_bytes:
+            raise fields.wrong("context_bytes", "less than memory_bytes")
+        return card
+
+
+def _convolution_workspace(fields: _Fields) -> ConvolutionWorkspace:
+    workspace = ConvolutionWorkspace(
+        float32=_workspace_rule(fields.object("float32")),
+        half=_workspace_rule(fields.object("half")),
+        source=fields.text("source"),
+    )
+    fields.no_others()
+    return workspace
+
+
+def _workspace_rule(fields: _Fields) -> WorkspaceRule:
+    rule = WorkspaceRule(
+        floor_bytes=fields.count("floor_bytes"),
+        operand_fraction=fields.fraction("operand_fraction"),
+    )
+    fields.no_others()
+    return rule
+
+
+class _Fields:
+    """A JSON object read field by field; every error names the file and the field."""
+
+    def __init__(self, data: Any, where: str, prefix: str = "") -> None:
+        self.where, self.prefix = where, prefix
+        self.known: list[str] = []
+        if not isinstance(data, dict):
+            what = f"field {prefix.rstrip('.')!r}" if prefix else "the file"
+            raise MembenchError(f"{where}: {what} must be a JSON object, got {data!r:.60}")
+        self.data: dict[str, Any] = data
+
+    def wrong(self, name: str, wanted: str) -> MembenchError:
+        got = f"got {self.data[name]!r:.60}" if name in self.data else "it is missing"
+        return MembenchError(f"{self.where}: field {self.prefix + name!r} must be {wanted}, {got}")
+
+    def _get(self, name: str) -> Any:
+        self.known.append(name)
+        return self.data.get(name)
+
+    def text(self, name: str) -> str:
+        value = self._get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(name, "a text")
+        return value
+
+    def count(self, name: str) -> int:
+        value = self._get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.wrong(name, "a whole number of bytes")
+        return value
+
+    def fraction(self, name: str) -> float:
+        value = self._get(name)
+        # not (... >= 0) refuses NaN too, which Python's JSON reader lets through
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1000:
+            raise self.wrong(name, "a number from 0 on")
+        return float(value)
+
+    def capability(self, name: str) -> tuple[int, int]:
+        value = self._get(name)
+        if not isinstance(value, list | tuple) or [type(v) for v in value] != [int, int]:
+            raise self.wrong(name, "two whole numbers, such as [8, 9]")
+        return value[0], value[1]
+
+    def object(self, name: str) -> _Fields:
+        return _Fields(self._get(name), self.where, f"{self.prefix}{name}.")
+
+    def optional(self, name: str) -> dict[str, Any] | None:
+        value = self._get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.wrong(name, "a JSON object or null")
+        return value
+
+    def no_others(self) -> None:
+        for name in self.data:
+            if name not in self.known:
+                hint = nearest(name, self.known)
+                raise MembenchError(
+                    f"{self.where}: field {self.prefix + name!r} is not known{hint}"
+                )
+
+
+def user_cards_folder() -> Path:
+    """Return the folder of the user's own cards, whether or not it exists."""
+    if named := os.environ.get("MEMBENCH_CARDS"):
+        return Path(named).expanduser()
+    if settings := os.environ.get("XDG_CONFIG_HOME"):
+        return Path(settings) / "membench" / "cards"
+    return Path.home() / ".config" / "membench" / "cards"
+
+
+def all_cards() -> dict[str, Card]:
+    """Return every card by name, the user's in place of a shipped one of the same name.
+
+    Raises MembenchError naming file and field when a user's card cannot be read.
+    """
+    cards = dict(_read_folder(_SHIPPED))
+    cards.update(_read_folder(user_cards_folder()))
+    return dict(sorted(cards.items()))
+
+
+def find_card(name: str) -> Card:
+    """Return the card called ``name``, or raise MembenchError with the nearest names."""
+    cards = all_cards()
+    if name not in cards:
+        raise MembenchError(f"no card is called {name!r}{nearest(name, cards)}")
+    return cards[name]
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[str, Card]]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MembenchError(f"{path}: the card cannot be read: {error}") from None
+        card = Card.from_dict(data, where=str(path))
+        if card.name != path.stem:
+            raise MembenchError(f"{path}: field 'name' is {card.name!r}; name the file after it")
+        yield card.name, card

@@ -1,0 +1,23 @@
+"""The cards that membench predicts for: one JSON file each, and the user's own on top of them."""
+
+from bench.predict.card import (
+    Card,
+    ConvolutionKind,
+    ConvolutionWorkspace,
+    WorkspaceRule,
+    all_cards,
+    find_card,
+    user_cards_folder,
+)
+from bench.predict.card_names import card_name_for_gpu
+
+__all__ = [
+    "Card",
+    "ConvolutionKind",
+    "ConvolutionWorkspace",
+    "WorkspaceRule",
+    "all_cards",
+    "card_name_for_gpu",
+    "find_card",
+    "user_cards_folder",
+]

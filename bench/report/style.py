@@ -1,0 +1,39 @@
+"""How plots look, in one place: measured is solid, predicted is hatched.
+
+The colours are from the palette of Okabe and Ito, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+from bench.record import Evidence
+
+__all__ = [
+    "CAPACITY_COLOUR",
+    "HATCHES",
+    "NEEDS_COLOUR",
+    "PAPER_COLOUR",
+    "PART_COLOURS",
+    "RC",
+    "TEXT_COLOUR",
+]
+
+HATCHES: dict[Evidence, str] = {"measured": "", "predicted": "////"}
+
+# In the order in which they are stacked, from the axis.
+PART_COLOURS = {
+    "tensors": "#56B4E9",
+    "workspace": "#009E73",
+    "allocator": "#F0E442",
+    "context": "#CC79A7",
+}
+NEEDS_COLOUR = "#D9D9D9"  # what a case that does not fit would need; not told apart by part
+PAPER_COLOUR = "#000000"
+CAPACITY_COLOUR = "#D55E00"
+TEXT_COLOUR = "#333333"
+
+RC = {
+    "font.family": "DejaVu Sans",  # matplotlib's own: the same picture on every machine
+    "font.size": 9,
+    "hatch.linewidth": 0.5,
+    "svg.hashsalt": "membench",  # the same ids in every run, so that a remade plot is the same file
+}
