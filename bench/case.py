@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Case", "Mode", "PaperFigure", "Precision", "TechniqueUse"]
+__all__ = ["Case", "Mode", "PaperFigure", "Precision", "TechniqueUse", "known_fields"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Mode = Literal["train", "infer"]
@@ -86,13 +86,14 @@ class Case:
     @classmethod
     def from_definition(cls, definition: dict[str, Any]) -> Case:
         """Make the case that ``to_definition`` wrote; keys it does not know are ignored."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in definition.items() if k in known}
+        values = known_fields(cls, definition)
         for key in ("requested_shape", "shape", "volumes"):
             values[key] = tuple(values.get(key, ()))
-        values["techniques"] = tuple(TechniqueUse(**t) for t in values.get("techniques", ()))
+        values["techniques"] = tuple(
+            TechniqueUse(**known_fields(TechniqueUse, t)) for t in values.get("techniques", ())
+        )
         if values.get("paper") is not None:
-            values["paper"] = PaperFigure(**values["paper"])
+            values["paper"] = PaperFigure(**known_fields(PaperFigure, values["paper"]))
         return cls(**values)
 
     def digest(self) -> str:
@@ -101,3 +102,9 @@ class Case:
         data = {k: v for k, v in self.to_definition().items() if k not in aside}
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def known_fields(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``cls``, a dataclass, has a field for; the rest is of a later version."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {k: v for k, v in data.items() if k in names}

@@ -100,10 +100,14 @@ def _cuda() -> Check:
 
 def _gpus() -> tuple[Check, ...]:
     visible, why = gpu_visible()
+    devices = nvml.devices()
+    if not visible and devices:
+        found = f"{why}; the driver lists {', '.join(map(_describe, devices))}"
+        advice = "predictions need none; to measure, let torch use it"
+        return (Check(name="GPU", state="problem", found=found, advice=advice),)
     if not visible:
         advice = "predictions need none; to measure, run on a machine with an NVIDIA GPU"
         return (Check(name="GPU", state="missing", found=why, advice=advice),)
-    devices = nvml.devices()
     if not devices:
         return (Check(name="GPU", state="ok", found=why),)
     return tuple(Check(name="GPU", state="ok", found=_describe(device)) for device in devices)
@@ -127,7 +131,8 @@ def _nvml() -> Check:
     advice = "predictions need none; without it, a measurement lacks what nvidia-smi shows"
     if not nvml.installed():
         advice = "pip install nvidia-ml-py"
-    return Check(name="NVML", state="missing", found=notes[0], advice=advice)
+    why = notes[0].removeprefix("driver version: ")
+    return Check(name="NVML", state="missing", found=why, advice=advice)
 
 
 def _compiler() -> Check:

@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def read_environment(
         gpu_uuid=gpu_uuid,
         python=platform.python_version(),
         platform=platform.platform(),
-        allocator_settings=allocator_settings(os.environ),
+        allocator_settings=allocator_settings(),
         cudnn_benchmark=cudnn_benchmark,
         suite=suite,
         suite_hash=suite_hash,
@@ -68,12 +67,13 @@ def read_environment(
     )
 
 
-def allocator_settings(environ: Mapping[str, str]) -> str:
+def allocator_settings() -> str:
     """Return what torch's caching allocator is told, "" when it is told nothing.
 
     ``PYTORCH_ALLOC_CONF`` goes before its older name ``PYTORCH_CUDA_ALLOC_CONF``, as in torch.
     """
-    return environ.get("PYTORCH_ALLOC_CONF") or environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
 def _cudnn_version() -> str | None:

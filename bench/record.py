@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from bench.case import known_fields
 from bench.errors import MembenchError
 
 __all__ = [
@@ -144,6 +145,10 @@ class Record:
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"status {self.status!r}, not one of {', '.join(get_args(Status))}")
+        if self.evidence not in get_args(Evidence):
+            raise ValueError(f"evidence {self.evidence!r}, neither measured nor predicted")
         if (self.status == "ok") == bool(self.reason):
             raise ValueError(f"status {self.status!r} with reason {self.reason!r}")
         if self.status == "ok" and self.process_bytes is None:
@@ -155,10 +160,19 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
-        """Make a record from its JSON object; fields of later versions are ignored."""
+        """Make a record from its JSON object; fields of later versions are ignored.
+
+        Raises ValueError, TypeError or AttributeError when it is not a record's.
+        """
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]
+        missing = [name for name in required if name not in data]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
         values = _known(cls, data)
-        for key in ("techniques", "shape", "requested_shape", "uncalibrated", "step_times_s", "volumes"):
+        for key in ("techniques", "uncalibrated", "step_times_s", "volumes"):
             values[key] = tuple(values.get(key, ()))
+        for key in ("shape", "requested_shape"):
+            values[key] = tuple(_whole(key, side) for side in values[key])
         values["environment"] = Environment(**_known(Environment, data["environment"]))
         notes = values["environment"].notes
         values["environment"] = dataclasses.replace(values["environment"], notes=tuple(notes))
@@ -173,8 +187,18 @@ class Record:
 
 
 def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {k: v for k, v in data.items() if k in names}
+    """Return the fields of ``cls``; those in bytes must be whole numbers, or None."""
+    values = known_fields(cls, data)
+    for name, value in values.items():
+        if name.endswith("_bytes") and value is not None:
+            _whole(name, value)
+    return values
+
+
+def _whole(name: str, value: object) -> int:
+    if type(value) is not int:  # True is an int too
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    return value
 
 
 def results_file(folder: Path, card: str, suite: str, evidence: Evidence) -> Path:
@@ -204,7 +228,7 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises MembenchError naming the line when any other line is not a record.
     """
     try:
-        lines = path.read_text().split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise MembenchError(f"cannot read results {path}: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -212,15 +236,22 @@ def read_records(path: Path) -> Iterator[Record]:
             continue
         try:
             yield Record.from_dict(json.loads(line))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, json.JSONDecodeError) and _cut_off(line):
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, json.JSONDecodeError) and _cut_off(line, error):
                 continue
             raise MembenchError(f"{path}, line {number}: not a record: {error}") from None
 
 
-def _cut_off(line: str) -> bool:
-    """A record that a killed run did not finish writing."""
-    return line.startswith('{"case":') and not line.rstrip().endswith("}}")
+def _cut_off(line: str, error: json.JSONDecodeError) -> bool:
+    """Whether a line is the beginning of a record that a killed run did not finish writing.
+
+    Such a line is right up to its end: the decoder stops there, or at the start of the text, name
+    or number that the end cuts in two.
+    """
+    if not line.startswith("{"):
+        return False
+    rest = line[error.pos :]
+    return not rest or "Unterminated string" in error.msg or (len(rest) < 8 and rest[-1] != "}")
 
 
 def last_records(records: Iterable[Record]) -> list[Record]:

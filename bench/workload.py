@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench.case import Case
 from bench.errors import MembenchError, nearest
 from bench.losses import LOSSES
+from memsave.errors import MemsaveError
 from memsave.mixed_precision import MixedPrecision
 from memsave.networks import NETWORKS
 from memsave.techniques import Technique, find_technique, parse_options
@@ -83,9 +84,16 @@ class Workload:
 def build_workload(case: Case, mark: Mark) -> Workload:
     """Build the model, the optimizer and a random batch on the default device.
 
-    Raises MembenchError where the case names what does not exist.
+    Raises MembenchError where the case names what does not exist or cannot be combined.
     """
     mark("model")
+    try:
+        return _build(case)
+    except MemsaveError as error:
+        raise MembenchError(str(error)) from error
+
+
+def _build(case: Case) -> Workload:
     torch.manual_seed(case.seed)
     device = torch.get_default_device()
     techniques = [_technique(use.name, use.options) for use in case.techniques]

@@ -69,9 +69,9 @@ def in_place_abn(
         it the weight's gradient; float16 adds ``3e-8 / (slope g)`` near zero, where its numbers
         are evenly spaced. ELU loses what lies below about ``log(u)``, where its own slope is u.
     Errors: InputError if ``x`` is not floating point, has the wrong channels or but one value a
-        channel in training, or is a leaf that requires grad. RuntimeError in backward if the
-        producer of ``x`` needs its output or z was changed in place (autograd's own), and for a
-        second backward, since z is gone, or a double one.
+        channel in training, or is a leaf that requires grad. RuntimeError, autograd's
+        own, in backward: if the producer of ``x`` needs its output, if z was changed in place, or
+        for a double backward. ``retain_graph=True`` works, on a copy of z.
 
     Danger, unchecked: another reader of ``x`` (a pre-activation residual) sees the result in its
     place; and once backward has run, z holds a gradient: take what is to be logged of it before.
@@ -180,20 +180,15 @@ class _InPlaceABN(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, rstd)
         ctx.batch_statistics, ctx.eps = batch_statistics, eps
         ctx.activation, ctx.activation_param = activation, activation_param
-        ctx.inverted = False
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.inverted:
-            raise RuntimeError(
-                "second backward through InPlaceABN: the first one overwrote its result. Add the "
-                "losses and run one backward, or run the forward again"
-            )
         z, weight, bias, rstd = ctx.saved_tensors
-        ctx.inverted = True
-        z = z.detach()  # still counted as a change of z, but a gradient without a history
+        # Detached, what happens to it still counts as a change of z, but it has no history. With
+        # retain_graph somebody may come back for z.
+        z = z.clone() if _graph_is_kept() else z.detach()
         scale, shift = _scale_and_shift(z, weight, bias, ctx.eps)
         d_scale, d_shift = _backward_(
             z, dz, scale, shift, rstd, ctx.batch_statistics, ctx.activation, ctx.activation_param
@@ -204,6 +199,11 @@ class _InPlaceABN(torch.autograd.Function):
         if bias is not None:
             d_bias = d_shift.to(bias.dtype)
         return z, d_weight, d_bias, *(None,) * 7
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running was called with ``retain_graph=True``."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _scale_and_shift(

@@ -46,7 +46,9 @@ def _print_table(diagnosis: Diagnosis) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "", "found", "to do", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "", "found", "to do"):
+        table.add_column(heading, overflow="fold")
     for check in diagnosis.checks:
         state = Text(check.state, style=_COLOURS[check.state])
         table.add_row(check.name, state, Text(check.found), Text(check.advice))

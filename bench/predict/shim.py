@@ -311,7 +311,8 @@ def gpu_visible() -> tuple[bool, str]:
     files = _device_files()
     if files and not nvml.installed():
         return True, f"{files[0]}, torch built for CUDA {torch.cuda}"
-    return False, f"no NVIDIA GPU is visible ({notes[0] if notes else 'the driver lists none'})"
+    why = notes[0].removeprefix("GPUs: ") if notes else "the driver lists none"
+    return False, f"no NVIDIA GPU is visible ({why})"
 
 
 def _device_files() -> list[Path]:

@@ -29,6 +29,8 @@ def main() -> None:
     if tracer == "cuda-shim":
         # autocast, GradScaler and a checkpoint's recomputation ask this before they use CUDA.
         torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+        # Emulation counts as support, so torch says yes on every card that CUDA 11 and later knows.
+        torch.cuda.is_bf16_supported = lambda including_emulation=True: True  # noqa: ARG005
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     hello = {
         "tracer": tracer,

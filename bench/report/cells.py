@@ -72,13 +72,14 @@ def figure_text(row: Row) -> str:
 def cells(row: Row) -> dict[str, str]:
     """Return every cell that a row may show, by its column."""
     record = row.record
+    fits = record.status == "ok"
     return {
         "variant": record.variant,
         "precision": record.precision,
         "parameters": NONE if record.parameters is None else f"{record.parameters:,}",
-        "status": _STATUS.get(record.status, record.status),
+        "status": record.status,
         "GPU memory": size_text(row.used_bytes)
-        if record.status == "ok"
+        if fits
         else _STATUS.get(record.status, record.status),
         "needs": size_text(row.needs_bytes),
         "ratio": ratio_text(row.ratio),

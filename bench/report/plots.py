@@ -37,6 +37,7 @@ _ROW_IN = 0.25
 _AROUND_IN = 1.5  # title, axis and legend
 _BAR_HEIGHT = 0.72
 _DPI = 150
+_FAR = 4.0  # a card this many times the longest bar would squeeze the bars: not drawn
 _PAPER_MARKERS = {"=": "D", "~": "D", ">": ">"}
 _METADATA: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
@@ -61,7 +62,9 @@ def draw_table(table: Table) -> Figure:
         if isinstance(item, Row):
             _draw_row(axes, y, item)
         else:
-            axes.text(0.004, y, item, transform=axes.get_yaxis_transform(), va="center", weight="bold")
+            axes.text(
+                0.004, y, item, transform=axes.get_yaxis_transform(), va="center", weight="bold"
+            )
     rows = [(y, item) for y, item in places if isinstance(item, Row)]
     axes.set_yticks([y for y, _ in rows], [row.record.variant for _, row in rows])
     _finish(axes, table, places[-1][0] + 0.6)
@@ -118,21 +121,17 @@ def _draw_row(axes: Axes, y: float, row: Row) -> None:
             hatch=HATCHES[row.record.evidence],
         )
         end += width
-    text_from = end
     if row.paper is not None:
         paper = row.paper.bytes / GIB
         marker = _PAPER_MARKERS[row.paper.relation]
         axes.plot([paper], [y], marker, color=PAPER_COLOUR, markersize=4, zorder=4)
-        text_from = max(end, paper)
-    axes.annotate(
+    axes.text(
+        1.01,  # right of the axes, where no bar, marker or line can run through it
+        y,
         _bar_text(row),
-        (text_from, y),
-        xytext=(6, 0),
-        textcoords="offset points",
+        transform=axes.get_yaxis_transform(),
         va="center",
-        color=CAPACITY_COLOUR if row.record.status != "ok" else TEXT_COLOUR,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-        zorder=5,
+        color=TEXT_COLOUR if row.record.status == "ok" else CAPACITY_COLOUR,
     )
 
 
@@ -145,13 +144,11 @@ def _bar_text(row: Row) -> str:
 
 def _finish(axes: Axes, table: Table, bottom: float) -> None:
     axes.set_ylim(bottom, -0.7)
-    capacity = _card_gib(table)
-    ends = [size / GIB for row in table.rows for size in [row.figure_bytes] if size]
-    ends += [row.paper.bytes / GIB for row in table.rows if row.paper]
-    right = max([*ends, *([capacity] if capacity and ends and max(ends) > capacity / 4 else [])] or [1])
-    axes.set_xlim(0, right * 1.28)  # room for the text behind the longest bar
-    if capacity is not None and capacity < right * 1.28:
-        axes.axvline(capacity, color=CAPACITY_COLOUR, linestyle="--", linewidth=1.2, zorder=3)
+    right, card = _longest_gib(table), _drawn_card_bytes(table)
+    if card is not None:
+        right = max(right, card / GIB)
+        axes.axvline(card / GIB, color=CAPACITY_COLOUR, linestyle="--", linewidth=1.2, zorder=3)
+    axes.set_xlim(0, right * 1.03)
     axes.set_xlabel("GPU memory of the process, GiB")
     axes.set_title(table_title(table), loc="left", weight="bold", fontsize=10)
     axes.tick_params(axis="y", length=0)
@@ -160,9 +157,16 @@ def _finish(axes: Axes, table: Table, bottom: float) -> None:
     axes.set_axisbelow(True)
 
 
-def _card_gib(table: Table) -> float | None:
+def _longest_gib(table: Table) -> float:
+    ends = [row.figure_bytes for row in table.rows if row.figure_bytes]
+    ends += [row.paper.bytes for row in table.rows if row.paper]
+    return max(ends, default=GIB) / GIB
+
+
+def _drawn_card_bytes(table: Table) -> int | None:
+    """Return the card's memory, None where it is not known or too far off to be drawn."""
     held = next((row.card_bytes for row in table.rows if row.card_bytes is not None), None)
-    return None if held is None else held / GIB
+    return None if held is None or held / GIB > _FAR * _longest_gib(table) else held
 
 
 def _legend(table: Table) -> list[Artist]:
@@ -171,6 +175,8 @@ def _legend(table: Table) -> list[Artist]:
     shown = {part for row in table.rows for part, _ in bar_parts(row)}
     names = {**PART_COLOURS, "needs": NEEDS_COLOUR}
     labels = {"needs": "needed, does not fit", "allocator": "allocator's cache"}
+    if "workspace" not in shown:  # a measured allocator cannot tell the two apart
+        labels["tensors"] = "tensors and workspaces"
     handles: list[Artist] = [
         Patch(facecolor=colour, edgecolor="white", hatch=hatch, label=labels.get(part, part))
         for part, colour in names.items()
@@ -179,11 +185,18 @@ def _legend(table: Table) -> list[Artist]:
     for marker, label in (("D", "the paper's figure"), (">", "the paper: more than")):
         if any(row.paper and _PAPER_MARKERS[row.paper.relation] == marker for row in table.rows):
             handles.append(
-                Line2D([], [], marker=marker, color=PAPER_COLOUR, linestyle="", markersize=4, label=label)
+                Line2D(
+                    [],
+                    [],
+                    marker=marker,
+                    color=PAPER_COLOUR,
+                    linestyle="",
+                    markersize=4,
+                    label=label,
+                )
             )
-    capacity = _card_gib(table)
-    if capacity is not None:
-        handles.append(
-            Line2D([], [], color=CAPACITY_COLOUR, linestyle="--", label=f"the card: {capacity:.1f} GiB")
-        )
+    card = _drawn_card_bytes(table)
+    if card is not None:
+        text = f"the card: {size_text(card)}"
+        handles.append(Line2D([], [], color=CAPACITY_COLOUR, linestyle="--", label=text))
     return handles

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.case import PaperFigure
+from bench.case import PaperFigure, known_fields
 from bench.record import Record
 from bench.report.results import suite_name
 
@@ -74,7 +74,7 @@ class Row:
     def paper(self) -> PaperFigure | None:
         """The figure that the paper prints for this case."""
         paper = self.record.definition.get("paper")
-        return PaperFigure(**paper) if paper else None
+        return PaperFigure(**known_fields(PaperFigure, paper)) if paper else None
 
     @property
     def of_paper(self) -> Ratio | None:

@@ -65,6 +65,11 @@ class Block:
         """Whether the block is all of its segment, so that the driver could take it back."""
         return self.prev is None and self.next is None
 
+    @property
+    def is_releasable(self) -> bool:
+        """Whether the block is free and all of a plain segment."""
+        return self.state == FREE and self.range is None and self.is_whole_segment
+
     def insert_after(self, block: Block) -> None:
         """Put ``block`` between this one and its next neighbour."""
         follower = self.next

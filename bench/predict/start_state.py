@@ -1,0 +1,253 @@
+"""The state at a trace's start, which no snapshot holds.
+
+It follows by running the events backwards from the segments at the end: an alloc removes a
+block, a completed free adds one, a new segment is removed, a freed one is added. Sizes of blocks
+that were freed are known only as they were asked for; what they were charged is settled after.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from bench.predict.alloc_conf import AllocatorSettings
+from bench.predict.allocator import PoolId, round_size
+from bench.predict.trace import RecordedSegment, TraceEvent
+from bench.units import MIB
+
+__all__ = ["settle_blocks", "state_at_start"]
+
+_SMALL_SEGMENT_BYTES = 2 * MIB  # no large segment is that small
+_LARGEST_SLACK_BYTES = MIB  # what a large block may keep without being split
+_MAX_REPAIRS = 256  # each looks at every block alive
+_Key = tuple[int, bool, PoolId]  # stream, small, pool
+
+
+def state_at_start(
+    final: Sequence[RecordedSegment],
+    events: Sequence[TraceEvent],
+    settings: AllocatorSettings,
+) -> tuple[RecordedSegment, ...]:
+    """Return the segments and live blocks before the first event.
+
+    A damaged event (an address where nothing lived) is mended by the nearest block of its size.
+    """
+    rewind = _Rewind(final, events, settings)
+    for event in reversed(events):
+        rewind.undo(event)
+    return settle_blocks(rewind.segments(), events, settings)
+
+
+class _Rewind:
+    def __init__(
+        self,
+        final: Sequence[RecordedSegment],
+        events: Sequence[TraceEvent],
+        settings: AllocatorSettings,
+    ) -> None:
+        self.settings = settings
+        self.live = {address: size for segment in final for address, size in segment.blocks}
+        self.plain = {s.address: s for s in final if not s.expandable}
+        self.pages: dict[_Key, list[list[int]]] = {}  # mapped [start, end) by pool
+        self.repairs = 0
+        self._anchors = _page_anchors(final, events)
+        for segment in final:
+            if segment.expandable:
+                key = (segment.stream, segment.small, segment.pool_id)
+                _add(self.pages.setdefault(key, []), segment.address, segment.end)
+
+    def undo(self, event: TraceEvent) -> None:
+        match event.kind:
+            case "alloc":
+                self._remove_block(event)
+            case "free" | "free_completed":
+                if event.size:
+                    self.live[event.address] = round_size(event.size, self.settings)
+            case "segment_alloc":
+                self.plain.pop(event.address, None)
+            case "segment_free":
+                self.plain[event.address] = RecordedSegment(
+                    address=event.address,
+                    size=event.size,
+                    stream=event.stream,
+                    small=event.size <= _SMALL_SEGMENT_BYTES,
+                    pool_id=event.pool_id,
+                )
+            case "segment_map":
+                pages = self.pages.get(self._key(event), [])
+                _subtract(pages, event.address, event.address + event.size)
+            case "segment_unmap":
+                pages = self.pages.setdefault(self._key(event), [])
+                _add(pages, event.address, event.address + event.size)
+
+    def _remove_block(self, event: TraceEvent) -> None:
+        if self.live.pop(event.address, None) is not None or not event.size:
+            return
+        self.repairs += 1
+        if self.repairs > _MAX_REPAIRS:
+            return
+        rounded = round_size(event.size, self.settings)
+        alike = [a for a, size in self.live.items() if 0 <= size - rounded <= _LARGEST_SLACK_BYTES]
+        if alike:
+            del self.live[min(alike, key=lambda address: abs(address - event.address))]
+
+    def _key(self, event: TraceEvent) -> _Key:
+        """Say which pool pages belong to: the events do not tell small from large."""
+        large_page = self.settings.large_segment_size_bytes
+        anchors = self._anchors.get((event.stream, event.pool_id))
+        if event.kind == "segment_map" or event.size % large_page or not anchors:
+            small = event.size == _SMALL_SEGMENT_BYTES or event.size % large_page != 0
+        else:  # each pool's pages lie in one long stretch of addresses
+            small = min(anchors, key=lambda anchor: abs(anchor[0] - event.address))[1]
+        return event.stream, small, event.pool_id
+
+    def segments(self) -> tuple[RecordedSegment, ...]:
+        """Return the state as it stands; what overlaps through damaged events is left out."""
+        found = list(self.plain.values())
+        for (stream, small, pool_id), stretches in self.pages.items():
+            found += [
+                RecordedSegment(
+                    address=start,
+                    size=end - start,
+                    stream=stream,
+                    small=small,
+                    expandable=True,
+                    pool_id=pool_id,
+                )
+                for start, end in stretches
+            ]
+        found.sort(key=lambda segment: segment.address)
+        return tuple(_filled(found, sorted(self.live.items())))
+
+
+def _filled(
+    segments: Iterable[RecordedSegment], blocks: Sequence[tuple[int, int]]
+) -> list[RecordedSegment]:
+    """Put the blocks into the segments that hold them."""
+    filled: list[RecordedSegment] = []
+    starts = [address for address, _ in blocks]
+    end = 0
+    for segment in segments:
+        if segment.address < end:
+            continue
+        end = cursor = segment.address
+        inside = []
+        for place in range(bisect_left(starts, segment.address), len(blocks)):
+            address, size = blocks[place]
+            if address >= segment.end:
+                break
+            if address >= cursor and address + size <= segment.end:
+                inside.append((address, size))
+                cursor = address + size
+        end = segment.end
+        filled.append(replace(segment, blocks=tuple(inside)))
+    return filled
+
+
+def _page_anchors(
+    final: Sequence[RecordedSegment], events: Sequence[TraceEvent]
+) -> dict[tuple[int, PoolId], list[tuple[int, bool]]]:
+    """Return, by stream and pool, addresses whose pool's size class is sure."""
+    anchors: dict[tuple[int, PoolId], list[tuple[int, bool]]] = {}
+    for segment in final:
+        if segment.expandable:
+            place = anchors.setdefault((segment.stream, segment.pool_id), [])
+            place.append((segment.address, segment.small))
+    for event in events:
+        if event.kind == "segment_map":
+            # A small request maps one small page, and no large page is that small.
+            small = event.size == _SMALL_SEGMENT_BYTES
+            anchors.setdefault((event.stream, event.pool_id), []).append((event.address, small))
+    return anchors
+
+
+def _add(stretches: list[list[int]], start: int, end: int) -> None:
+    """Add [start, end) to sorted disjoint stretches, joining those that touch."""
+    first = bisect_left(stretches, start, key=lambda stretch: stretch[1])
+    last = bisect_right(stretches, end, key=lambda stretch: stretch[0])
+    if first < last:
+        start = min(start, stretches[first][0])
+        end = max(end, stretches[last - 1][1])
+    stretches[first:last] = [[start, end]]
+
+
+def _subtract(stretches: list[list[int]], start: int, end: int) -> None:
+    """Take [start, end) out of sorted disjoint stretches."""
+    first = bisect_right(stretches, start, key=lambda stretch: stretch[1])
+    last = bisect_left(stretches, end, key=lambda stretch: stretch[0])
+    left = []
+    for old_start, old_end in stretches[first:last]:
+        if old_start < start:
+            left.append([old_start, start])
+        if old_end > end:
+            left.append([end, old_end])
+    stretches[first:last] = left
+
+
+def settle_blocks(
+    segments: Sequence[RecordedSegment],
+    events: Sequence[TraceEvent],
+    settings: AllocatorSettings,
+) -> tuple[RecordedSegment, ...]:
+    """Give each block of a plain large segment the bytes it was charged beyond its request.
+
+    A large block keeps up to 1 MiB rather than be split, and everything free in the large pool is
+    larger than that: so a gap of up to 1 MiB belongs to the block before it. Of a longer gap, the
+    part before the first block that the trace puts there does. A block of ``max_split_size`` or
+    more is never split: it has its segment to itself.
+    """
+    hints = _first_blocks_in_gaps(segments, events)
+    return tuple(
+        segment
+        if segment.small or segment.expandable or not segment.blocks
+        else replace(segment, blocks=_settled(segment, hints, settings))
+        for segment in segments
+    )
+
+
+def _settled(
+    segment: RecordedSegment, hints: dict[int, int], settings: AllocatorSettings
+) -> tuple[tuple[int, int], ...]:
+    largest_split = settings.max_split_size_bytes
+    if largest_split is not None and segment.blocks[0][1] >= largest_split:
+        return ((segment.address, segment.size),)
+    settled = []
+    ends = [*(address for address, _ in segment.blocks[1:]), segment.end]
+    for (address, size), gap_end in zip(segment.blocks, ends, strict=True):
+        slack = min(gap_end, hints.get(address + size, gap_end)) - (address + size)
+        settled.append((address, size + slack if slack <= _LARGEST_SLACK_BYTES else size))
+    return tuple(settled)
+
+
+def _first_blocks_in_gaps(
+    segments: Sequence[RecordedSegment], events: Sequence[TraceEvent]
+) -> dict[int, int]:
+    """Return gap start -> address of the first block put into the gap while it stands.
+
+    Best fit hands out the front of a free block, so the first block marks where it starts.
+    """
+    gaps: list[tuple[int, int]] = []
+    owner: dict[int, int] = {}  # address of the block before -> its gap's start
+    for segment in segments:
+        if segment.small or segment.expandable:
+            continue
+        ends = [*(address for address, _ in segment.blocks[1:]), segment.end]
+        for (address, size), gap_end in zip(segment.blocks, ends, strict=bool(segment.blocks)):
+            if gap_end - address - size > _LARGEST_SLACK_BYTES:
+                gaps.append((address + size, gap_end))
+                owner[address] = address + size
+    starts = [start for start, _ in gaps]
+    open_gaps = set(starts)
+    first: dict[int, int] = {}
+    for event in events:
+        if not open_gaps:
+            break
+        if event.kind == "alloc":
+            place = bisect_right(starts, event.address) - 1
+            if place >= 0 and event.address < gaps[place][1] and starts[place] in open_gaps:
+                open_gaps.discard(starts[place])
+                first[starts[place]] = event.address
+        elif event.kind in ("free", "free_completed"):
+            open_gaps.discard(owner.get(event.address, -1))
+    return first

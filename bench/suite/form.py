@@ -1,0 +1,65 @@
+"""The form of a suite file checked: pydantic's errors as mistakes with places and near names."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from bench.errors import nearest
+from bench.suite.document import Document, Mistake
+from bench.suite.schema import SuiteFile
+
+__all__ = ["check_form"]
+
+
+def check_form(document: Document) -> SuiteFile:
+    """Return the suite that ``document`` holds, or raise SuiteError for its first mistake."""
+    try:
+        return SuiteFile.model_validate(document.data)
+    except ValidationError as error:
+        raise document.error([_mistake(details) for details in error.errors()]) from None
+
+
+def _mistake(details: ErrorDetails) -> Mistake:
+    place, given = details["loc"], details["input"]
+    kind, context = details["type"], details.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _fields(place[:-1])
+        return Mistake(place[:-1] + place[-1:], f"unknown key{nearest(str(place[-1]), known)}")
+    if kind == "missing":
+        return Mistake(place[:-1], f"{place[-1]!r} is missing")
+    if kind == "value_error":
+        return Mistake(place, str(context["error"]))
+    if kind == "literal_error":
+        return Mistake(place, f"{given!r} is not {context['expected']}")
+    text = details["msg"].removeprefix("Input ")
+    return Mistake(place, f"{text[0].lower()}{text[1:]}, got {_shown(given)}")
+
+
+def _shown(given: Any) -> str:
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fields(place: tuple[int | str, ...]) -> list[str]:
+    """Return the field names of the model that stands at ``place``."""
+    kind: Any = SuiteFile
+    for step in place:
+        models = [k for k in _parts(kind) if isinstance(k, type) and issubclass(k, BaseModel)]
+        if isinstance(step, str) and models:
+            kind = models[0].model_fields[step].annotation
+    models = [k for k in _parts(kind) if isinstance(k, type) and issubclass(k, BaseModel)]
+    return list(models[0].model_fields)
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """Yield ``kind``, or what lists, unions and annotations are made of."""
+    arguments = typing.get_args(kind)
+    if not arguments:
+        yield kind
+    for argument in arguments:
+        yield from _parts(argument)

@@ -1,0 +1,170 @@
+"""The names and options in a suite, checked against what memsave, the workload and the cards have.
+
+The one place of a suite that imports torch: networks are built on the meta device, which holds no
+data, so that an option is checked by the code that will use it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from bench.errors import MembenchError, nearest
+from bench.shapes import Shape
+from bench.suite.document import Mistake, Place
+from bench.suite.schema import AnyEntry, SuiteFile, Training
+
+__all__ = ["Row", "find_rows", "name_mistakes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An entry of ``matrix.networks`` or ``include``, and what its network asks of a shape."""
+
+    place: Place
+    network: str
+    entry: AnyEntry
+    spatial_dims: int
+    divisor: Shape
+
+
+class _Wrong(Exception):  # noqa: N818 - never leaves this module
+    def __init__(self, mistake: Mistake) -> None:
+        super().__init__(mistake.text)
+        self.mistake = mistake
+
+
+def name_mistakes(suite: SuiteFile) -> list[Mistake]:
+    """Return what is wrong with the suite's own card and training."""
+    from bench.predict.cards import find_card
+
+    mistakes = []
+    try:
+        if suite.card is not None:
+            with _pointing(("card",), {}):
+                find_card(suite.card)
+    except _Wrong as wrong:
+        mistakes.append(wrong.mistake)
+    try:
+        _check_training(suite.training, ("training",))
+    except _Wrong as wrong:
+        mistakes.append(wrong.mistake)
+    return mistakes
+
+
+def find_rows(suite: SuiteFile) -> tuple[list[Row], list[Mistake]]:
+    """Return the suite's rows, those of the matrix first, and the first mistake of each other."""
+    rows: list[Row] = []
+    mistakes: list[Mistake] = []
+    for place, network, entry in _entries(suite):
+        try:
+            rows.append(_row(place, network, entry))
+        except _Wrong as wrong:
+            mistakes.append(wrong.mistake)
+    return rows, mistakes
+
+
+def _entries(suite: SuiteFile) -> Iterator[tuple[Place, str, AnyEntry]]:
+    for i, entry in enumerate(suite.matrix.networks if suite.matrix else ()):
+        yield ("matrix", "networks", i), entry.name, entry
+    for i, included in enumerate(suite.include):
+        yield ("include", i), included.network, included
+
+
+def _row(place: Place, network: str, entry: AnyEntry) -> Row:
+    from memsave.networks import NETWORKS
+
+    key = "network" if place[0] == "include" else "name"
+    _check_known((*place, key), "unknown network", network, NETWORKS)
+    spec = NETWORKS[network]
+    options = inspect.signature(spec.factory).parameters
+    _check_keys(place, entry.options, f"no option of {network}", options, type(entry).model_fields)
+    if entry.training is not None:
+        _check_training(entry.training, (*place, "training"))
+    built_with = _build(place, network, entry)
+    return Row(place, network, entry, spec.spatial_dims, spec.divisor(built_with))
+
+
+def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
+    """Build the network as the workload will; return its options after the techniques' say."""
+    import torch
+
+    from memsave.networks import build
+    from memsave.techniques import find_technique, parse_options
+
+    network_options = entry.options
+    chosen = []
+    for i, use in enumerate(entry.techniques):
+        with _pointing((*place, "techniques", i), {**use.options, "name": use.name}):
+            technique = find_technique(use.name)
+            options = parse_options(technique, use.options)
+            network_options = technique.build(network_options, options)
+            chosen.append((technique, options))
+    with torch.device("meta"):
+        with _pointing(place, entry.options):
+            model = build(network, network_options)
+        for i, (technique, options) in enumerate(chosen):
+            with _pointing((*place, "techniques", i), entry.techniques[i].options):
+                model = technique.module(model, options)
+    return network_options
+
+
+def _check_training(training: Training, place: Place) -> None:
+    import torch
+
+    from bench.losses import LOSSES
+    from bench.workload import OPTIMIZERS
+
+    _check_known((*place, "loss"), "unknown loss", training.loss, LOSSES)
+    optimizer, place = training.optimizer, (*place, "optimizer")
+    _check_known((*place, "name"), "unknown optimizer", optimizer.name, OPTIMIZERS)
+    kind, defaults = OPTIMIZERS[optimizer.name]
+    known = [key for key in inspect.signature(kind).parameters if key != "params"]
+    _check_keys(place, optimizer.options, f"no option of {optimizer.name}", known)
+    weights = [torch.nn.Parameter(torch.empty(1, device="meta"))]
+    # fused and foreach ask for a device; the meta device, which checks the others, has neither.
+    options = {**defaults, **optimizer.options, "fused": False, "foreach": False}
+    with _pointing(place, optimizer.options):
+        kind(weights, **options)
+
+
+def _check_known(place: Place, problem: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise _Wrong(Mistake(place, f"{problem} {name!r}{nearest(name, known)}"))
+
+
+def _check_keys(place: Place, keys: Iterable[str], problem: str, *known: Iterable[str]) -> None:
+    names = [name for group in known for name in group]
+    for key in keys:
+        if key not in names:
+            raise _Wrong(Mistake((*place, key), f"unknown key, {problem}{nearest(key, names)}"))
+
+
+@contextmanager
+def _pointing(place: Place, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an error into a mistake at the one of ``options`` that it speaks of, else at ``place``.
+
+    memsave and torch refuse with ValueErrors, torch also with TypeError and RuntimeError where an
+    option's value is of no use to it.
+    """
+    try:
+        yield
+    except (MembenchError, ValueError, TypeError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        key = _spoken_of(options, text, getattr(error, "name", None))
+        raise _Wrong(Mistake(place if key is None else (*place, key), text)) from None
+
+
+def _spoken_of(options: Mapping[str, Any], text: str, name: object) -> str | None:
+    """``name`` is the unknown name of an UnknownNameError: an option, its value or part of it."""
+    for key, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        if name is None and re.search(rf"\b{re.escape(key)}\b", text):
+            return key
+        if name is not None and name in (key, *values):
+            return key
+    return None

@@ -1,0 +1,78 @@
+"""Every developer's command. ``nox -l`` lists them, ``nox -s NAME`` runs one.
+
+Versions come from constraints.txt, dependencies from the groups in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.needs_version = ">=2024.10"  # nox.project.dependency_groups
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True  # torch is large
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PINNED = ("-c", "constraints.txt")
+PATHS = ("bench", "memsave", "tests", "noxfile.py")
+
+
+def install(session: nox.Session, *groups: str, package: bool = True) -> None:
+    """Install the groups' dependencies, and membench itself from this tree."""
+    needed = nox.project.dependency_groups(PYPROJECT, *groups) if groups else ()
+    session.install(*PINNED, *needed, *(("-e", ".") if package else ()))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; those that need a GPU skip without one. Arguments go to pytest."""
+    install(session, "test")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the tests that take longer than a developer waits."""
+    install(session, "test")
+    session.run("python", "-m", "pytest", "-m", "slow and not gpu", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests under coverage and fail below 90 % of bench and memsave."""
+    install(session, "test")
+    # Not pytest-cov: our pytest plugin, and so the package, is imported before it could begin.
+    session.run("python", "-m", "coverage", "erase")
+    session.run("python", "-m", "coverage", "run", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "coverage", "combine")
+    session.run("python", "-m", "coverage", "report", "--fail-under=90")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    install(session, "lint", package=False)
+    session.run("ruff", "check", *PATHS)
+    session.run("ruff", "format", "--check", *PATHS)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy --strict, tests included."""
+    install(session, "dev")  # with nox itself, for this file
+    session.run("mypy", "--strict")
+
+
+@nox.session
+def table1(session: nox.Session) -> None:
+    """Print Table 1 of the FCN paper, predicted for its V100; arguments replace that."""
+    install(session)
+    options = session.posargs or ("--device", "predict")
+    session.run("python", "-m", "bench", "run", "table1", *options)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Do all that needs a GPU: its tests, every suite measured and predicted, into results/."""
+    install(session, "test")
+    session.run("python", "-m", "bench.gpu_session", *session.posargs)

@@ -1,0 +1,200 @@
+"""The GPU session: which commands it runs, that it goes on after a failure, what it packs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_session
+from bench.errors import MembenchError
+from bench.gpu import GpuIdentity
+from bench.gpu_session import Outcome, Part, main, pack, plan, run_part
+
+IDENTITY = GpuIdentity(name="NVIDIA H200", uuid="GPU-1", memory_bytes=2**37, card="h200-141gb")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A source tree of two suites."""
+    folder = tmp_path / "suites"
+    folder.mkdir()
+    for name in ("table2.yaml", "table1.yaml"):
+        (folder / name).write_text("")
+    return tmp_path
+
+
+def python(name: str, code: str) -> Part:
+    return Part(name, (sys.executable, "-c", code))
+
+
+def test_a_session_tests_then_measures_every_suite_then_predicts_them_for_that_card(
+    tree: Path,
+) -> None:
+    parts = plan(Path("/r"), "h200-141gb", root=tree)
+
+    assert [part.name for part in parts] == [
+        "tests",
+        "measure-table1",
+        "measure-table2",
+        "predict-table1",
+        "predict-table2",
+    ]
+    run = (sys.executable, "-m", "bench", "run", "table1")
+    assert parts[1].command == (*run, "--device", "cuda", "--results", "/r")
+    assert parts[3].command == (
+        *(*run, "--device", "predict", "--card", "h200-141gb"),
+        *("--results", "/r"),
+    )
+    assert parts[0].command[1:5] == ("-m", "pytest", "-m", "gpu")
+
+
+def test_the_kinds_of_parts_can_be_chosen(tree: Path) -> None:
+    names = [part.name for part in plan(Path("/r"), "c", kinds=("predict",), root=tree)]
+
+    assert names == ["predict-table1", "predict-table2"]
+
+
+def test_a_dry_run_prints_the_commands_and_asks_no_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_session, "gpu_identity", lambda: pytest.fail("asked for a GPU"))
+
+    assert main(["--dry-run", "--parts", "tests", "--results", str(tmp_path)]) == 0
+
+    assert capsys.readouterr().out == (
+        f"tests: {sys.executable} -m pytest -m gpu --continue-on-collection-errors "
+        "-W default tests\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_the_session_says_so_and_exits_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> GpuIdentity:
+        raise MembenchError("no CUDA GPU found: here")
+
+    monkeypatch.setattr(gpu_session, "gpu_identity", none)
+
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: no CUDA GPU found: here\n"
+
+
+def test_a_part_runs_in_the_source_tree_with_it_on_the_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "only_here.py").write_text("print('imported')")
+    log = tmp_path / "log"
+
+    outcome = run_part(python("p", "import os, only_here; print(os.getcwd())"), log, root=tmp_path)
+
+    assert (outcome.name, outcome.exit_code) == ("p", 0)
+    assert log.read_text() == f"imported\n{tmp_path.resolve()}\n"
+    assert capsys.readouterr().out == log.read_text()
+
+
+def test_what_a_part_says_on_stderr_is_logged_with_its_exit_code(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    outcome = run_part(python("p", "import sys; sys.exit('broken')"), log)
+
+    assert outcome.exit_code == 1
+    assert log.read_text() == "broken\n"
+
+
+def test_a_part_past_its_limit_is_ended(tmp_path: Path) -> None:
+    waiting = python("p", "import time; print('begun', flush=True); time.sleep(60)")
+
+    outcome = run_part(waiting, tmp_path / "log", limit_s=1.0)
+
+    assert outcome.exit_code == -9
+    assert outcome.seconds < 30
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A session of three parts of which the second fails; returns its archive and arguments."""
+    results = tmp_path / "results"
+    record = f"p=pathlib.Path({str(results)!r}); p.mkdir(exist_ok=True); (p/'a.jsonl').touch()"
+    parts = [
+        python("first", "print('one')"),
+        python("second", "raise SystemExit(3)"),
+        python("third", f"import pathlib; {record}"),
+    ]
+    monkeypatch.setattr(gpu_session, "gpu_identity", lambda: IDENTITY)
+    monkeypatch.setattr(gpu_session, "plan", lambda *_: parts)
+    archive = tmp_path / "out" / "session.tar.gz"
+    return archive, ["--results", str(results), "--archive", str(archive)]
+
+
+def test_a_part_that_fails_does_not_stop_the_others_and_is_not_forgotten(
+    session: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, arguments = session
+
+    assert main(arguments) == 1
+
+    printed = capsys.readouterr().out
+    assert "h200-141gb: 2 of 3 parts passed" in printed
+    assert "second: exit code 3" in printed
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        member = tar.extractfile("logs/summary.json")
+        assert member is not None
+        summary = json.load(member)
+    assert "results/a.jsonl" in names
+    assert {"logs/first.log", "logs/second.log", "logs/third.log"} <= set(names)
+    assert [o["exit_code"] for o in summary["outcomes"]] == [0, 3, 0]
+    assert summary["planned"] == ["first", "second", "third"]
+
+
+def test_a_session_whose_parts_all_pass_exits_0(
+    session: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_session, "plan", lambda *_: [python("first", "")])
+
+    assert main(session[1]) == 0
+
+
+def test_the_archive_is_there_after_the_first_part_already(
+    session: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, arguments = session
+    seen: list[bool] = []
+
+    def watched(part: Part, _log: Path, _limit_s: float | None) -> Outcome:
+        seen.append(archive.exists())
+        return Outcome(part.name, 0, 0.0)
+
+    monkeypatch.setattr(gpu_session, "run_part", watched)
+
+    main(arguments)
+
+    assert seen == [False, True, True]
+
+
+def test_a_session_out_of_time_starts_nothing_more_and_has_not_passed(
+    session: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*session[1], "--time-limit", "0"]) == 1
+
+    assert "0 of 3 parts passed" in capsys.readouterr().out
+
+
+def test_packing_again_replaces_the_archive_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    archive = tmp_path / "out" / "a.tar.gz"
+
+    for number in (1, 2):
+        pack(archive, tmp_path / "missing", logs, {"number": number})
+
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile("logs/summary.json")
+        assert member is not None
+        assert json.load(member) == {"number": 2}
+    assert [path.name for path in archive.parent.iterdir()] == ["a.tar.gz"]

@@ -1,0 +1,237 @@
+"""The seam to NVML, against a stand-in for the package ``pynvml``."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bench import nvml
+
+MIB = 1 << 20
+
+
+class NVMLError(Exception):
+    """As pynvml's: what a call that NVML refuses raises."""
+
+
+class FakeNvml(ModuleType):
+    """Two GPUs; on the second runs process 42, and process 43 of unknown size."""
+
+    NVMLError = NVMLError
+    nvmlMemory_v2 = 2
+
+    def __init__(self) -> None:
+        super().__init__("pynvml")
+        self.__spec__ = ModuleSpec("pynvml", None)
+        self.open = 0
+        self.refuse: set[str] = set()
+        self.as_bytes = False
+
+    def _check(self, call: str) -> None:
+        if call in self.refuse:
+            raise NVMLError(f"{call} Not Supported")
+        assert self.open == 1, "called outside nvmlInit and nvmlShutdown"
+
+    def nvmlInit(self) -> None:
+        if "nvmlInit" in self.refuse:
+            raise NVMLError("Driver Not Loaded")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        self._check("count")
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str | bytes:
+        name = ("NVIDIA T1", "NVIDIA H200")[handle]
+        return name.encode() if self.as_bytes else name
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return ("GPU-aaaa-1", "GPU-bbbb-2")[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> Any:
+        self._check("memory v2" if version else "memory v1")
+        reserved = 0 if version == self.nvmlMemory_v2 else 600 * MIB
+        return SimpleNamespace(total=(handle + 1) * 1000 * MIB, used=300 * MIB + reserved)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
+        self._check("processes")
+        if handle == 0:
+            return []
+        return [
+            SimpleNamespace(pid=42, usedGpuMemory=200 * MIB),
+            SimpleNamespace(pid=43, usedGpuMemory=None),
+        ]
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        self._check("driver")
+        return "580.65.06"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    module = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    return module
+
+
+@pytest.fixture
+def notes(fake: FakeNvml) -> list[str]:
+    """A list for the notes; whatever a test reads, every session is closed again."""
+    return []
+
+
+def test_the_devices_are_those_that_nvml_lists(fake: FakeNvml) -> None:
+    assert nvml.devices() == (
+        nvml.Device(index=0, name="NVIDIA T1", uuid="GPU-aaaa-1", memory_bytes=1000 * MIB),
+        nvml.Device(index=1, name="NVIDIA H200", uuid="GPU-bbbb-2", memory_bytes=2000 * MIB),
+    )
+    assert fake.open == 0
+
+
+def test_names_given_as_bytes_are_read_as_text(fake: FakeNvml) -> None:
+    fake.as_bytes = True
+
+    assert nvml.devices()[0].name == "NVIDIA T1"
+
+
+def test_a_gpu_without_memory_of_its_own_is_still_listed(fake: FakeNvml) -> None:
+    fake.refuse = {"memory v1"}
+
+    assert [device.memory_bytes for device in nvml.devices()] == [None, None]
+
+
+@pytest.mark.parametrize("uuid", ["GPU-bbbb-2", "bbbb-2", "BBBB-2"])
+@pytest.mark.usefixtures("fake")
+def test_a_device_is_found_by_its_uuid_as_torch_and_as_nvml_write_it(uuid: str) -> None:
+    device = nvml.find_device(uuid)
+
+    assert device is not None
+    assert device.index == 1
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_unknown_uuid_is_no_device() -> None:
+    assert nvml.find_device("cccc-3") is None
+
+
+def test_a_process_has_the_memory_that_nvml_says(notes: list[str]) -> None:
+    assert nvml.process_bytes("bbbb-2", 42, notes) == 200 * MIB
+    assert notes == []
+
+
+def test_a_process_of_unknown_size_is_none_with_the_reason(notes: list[str]) -> None:
+    assert nvml.process_bytes("bbbb-2", 43, notes) is None
+    assert notes == ["process memory: NVML lists process 43 without its memory"]
+
+
+def test_a_process_that_nvml_does_not_see_is_none_with_the_reason(notes: list[str]) -> None:
+    """As in a container, whose process numbers are not the host's."""
+    assert nvml.process_bytes("bbbb-2", 7, notes) is None
+    assert len(notes) == 1
+    assert "NVML lists 2 processes and process 7 is not one of them" in notes[0]
+    assert "container" in notes[0]
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_other_processes_are_all_but_ones_own() -> None:
+    assert nvml.other_processes("bbbb-2", 42) == (nvml.ProcessUse(pid=43, used_bytes=None),)
+    assert nvml.other_processes("aaaa-1", 42) == ()
+
+
+def test_the_device_figure_leaves_out_the_drivers_reserve(notes: list[str]) -> None:
+    assert nvml.device_used_bytes("bbbb-2", notes) == 300 * MIB
+    assert notes == []
+
+
+def test_an_old_drivers_device_figure_says_that_it_holds_the_reserve(
+    fake: FakeNvml, notes: list[str]
+) -> None:
+    fake.refuse = {"memory v2"}
+
+    assert nvml.device_used_bytes("bbbb-2", notes) == 900 * MIB
+    assert notes == ["device memory: used includes the driver's reserve (old driver)"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_driver_has_a_version() -> None:
+    assert nvml.driver_version() == "580.65.06"
+
+
+READINGS: dict[str, Any] = {
+    "GPUs": lambda notes: nvml.devices(notes) or None,
+    "driver version": nvml.driver_version,
+    "process memory": lambda notes: nvml.process_bytes("bbbb-2", 42, notes),
+    "other processes": lambda notes: nvml.other_processes("bbbb-2", 42, notes),
+    "device memory": lambda notes: nvml.device_used_bytes("bbbb-2", notes),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_without_a_driver_a_reading_is_none_with_the_reason(
+    reading: str, fake: FakeNvml, notes: list[str]
+) -> None:
+    fake.refuse = {"nvmlInit"}
+
+    assert READINGS[reading](notes) is None
+    assert notes == [f"{reading}: NVML says: Driver Not Loaded"]
+    assert READINGS[reading](None) is None
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_without_the_package_a_reading_is_none_with_the_reason(
+    reading: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
+    notes: list[str] = []
+
+    assert READINGS[reading](notes) is None
+    assert notes == [f"{reading}: the Python package nvidia-ml-py is not installed"]
+
+
+@pytest.mark.parametrize(
+    ("call", "reading"),
+    [
+        ("count", "GPUs"),
+        ("driver", "driver version"),
+        ("processes", "process memory"),
+        ("processes", "other processes"),
+        ("memory v1", "device memory"),
+    ],
+)
+def test_a_refused_call_is_none_and_closes_the_session(
+    call: str, reading: str, fake: FakeNvml, notes: list[str]
+) -> None:
+    fake.refuse = {call, "memory v2"}
+
+    assert READINGS[reading](notes) is None
+    assert notes[-1] == f"{reading}: NVML says: {call} Not Supported"
+    assert fake.open == 0
+
+
+def test_a_gpu_that_nvml_does_not_list_is_named(notes: list[str]) -> None:
+    assert nvml.device_used_bytes("cccc-3", notes) is None
+    assert notes == ["device memory: NVML lists no GPU cccc-3"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_package_is_installed_when_it_can_be_found() -> None:
+    assert nvml.installed()
+
+
+def test_the_package_is_not_installed_when_it_cannot_be_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setattr(sys, "path", [])
+
+    assert not nvml.installed()

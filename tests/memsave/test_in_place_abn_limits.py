@@ -1,0 +1,175 @@
+"""In-place ABN: bytes, and what it refuses or autograd refuses for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memsave
+from memsave.errors import InputError, OptionError, UnknownNameError
+from memsave.in_place_abn import SMALL_ELEMENTS, InPlaceABN, in_place_abn
+from tests.memsave.kept_bytes import LiveBytes, saved_bytes
+
+N, C, D, H, W = 2, 6, 3, 5, 4
+SIZES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 8}
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=str)
+def test_only_z_and_one_number_a_channel_are_kept(dtype: torch.dtype) -> None:
+    """z of (N, C, D, H, W) and 1/std of (C,), in float32 beside half; weights live anyway."""
+    statistic = 8 if dtype == torch.float64 else 4
+    abn = InPlaceABN(C)
+    x = torch.randn(N, C, D, H, W).to(dtype).requires_grad_()
+    kept = saved_bytes(lambda: abn(x.clone()), abn)
+    assert kept == N * C * D * H * W * SIZES[dtype] + C * statistic
+
+
+def test_conv_chain_keeps_one_activation_fewer_than_batch_norm_and_leaky_relu() -> None:
+    """conv -> norm -> act -> conv: x goes, and BatchNorm's mean, which we do not need."""
+    conv_a, conv_b = nn.Conv3d(1, C, 1), nn.Conv3d(C, C, 1)
+    x = torch.randn(N, 1, D, H, W)
+    plain = nn.Sequential(conv_a, nn.BatchNorm3d(C), nn.LeakyReLU(0.01, inplace=True), conv_b)
+    in_place = nn.Sequential(conv_a, InPlaceABN(C), conv_b)
+    difference = saved_bytes(lambda: plain(x), plain) - saved_bytes(lambda: in_place(x), in_place)
+    assert difference == N * C * D * H * W * 4 + C * 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "temporaries"), [(torch.float32, 2), (torch.float16, 3), (torch.float64, 2)], ids=str
+)
+def test_backward_needs_eighths_of_the_activation(dtype: torch.dtype, temporaries: int) -> None:
+    """The gradient takes z's place, so only temporaries of ``nbytes / 8`` come on top."""
+    x = torch.randn(1, 64, SMALL_ELEMENTS // 8).to(dtype).requires_grad_()
+    abn = InPlaceABN(64)
+    z = abn(x.clone())
+    dz = torch.ones_like(z)
+    with LiveBytes() as live:
+        torch.autograd.backward(z, dz, inputs=[abn.weight])
+    # Of a channel: scale, shift, and less than twenty more numbers.
+    assert 0 <= live.peak_bytes - temporaries * x.nbytes // 8 < 64 * 8 * 22
+
+
+def test_forward_has_no_temporary() -> None:
+    """Of C = 64 channels only: scale, |weight|, shift, mean, 1/std."""
+    x = torch.randn(1, 64, 5000)
+    abn = InPlaceABN(64)
+    with LiveBytes() as live, torch.no_grad():
+        z = abn(x)
+    assert z.data_ptr() == x.data_ptr()
+    assert 0 < live.peak_bytes <= 64 * 4 * 5
+
+
+def test_the_input_is_overwritten_and_returned() -> None:
+    x = torch.randn(2, 3, 4)
+    assert InPlaceABN(3)(x) is x
+
+
+def test_a_leaf_that_requires_grad_is_refused() -> None:
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    before = x.detach().clone()
+    with pytest.raises(InputError, match=r"leaf that requires grad.*x\.clone\(\)"):
+        InPlaceABN(3)(x)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        InPlaceABN(3)(x)  # nothing to differentiate, so nothing to refuse
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64], ids=str)
+def test_an_input_that_is_not_floating_point_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=f"floating-point input, got {dtype}"):
+        InPlaceABN(3)(torch.ones(2, 3, 4, dtype=dtype))
+
+
+def test_wrong_channels_are_refused() -> None:
+    with pytest.raises(InputError, match=r"3 channels \(weight\), got an input with 4"):
+        InPlaceABN(3)(torch.randn(2, 4, 5))
+    with pytest.raises(InputError, match=r"3 channels \(running_mean\), got an input with 4"):
+        InPlaceABN(3, affine=False)(torch.randn(2, 4, 5))
+    with pytest.raises(InputError, match=r"\(N, C, \*\), got shape \(4,\)"):
+        in_place_abn(torch.randn(4))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1, 1), (0, 3, 4)], ids=str)
+def test_one_value_a_channel_cannot_train(shape: tuple[int, ...]) -> None:
+    abn = InPlaceABN(3)
+    with pytest.raises(InputError, match="more than one value per channel"):
+        abn(torch.randn(shape))
+    assert abn.eval()(torch.randn(shape)).shape == shape  # the running statistics serve any number
+
+
+def test_two_values_a_channel_can_train() -> None:
+    assert torch.isfinite(InPlaceABN(3)(torch.randn(2, 3))).all()
+
+
+@pytest.mark.parametrize("param", [0.0, -0.5, float("nan")])
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+def test_an_activation_that_cannot_be_inverted_is_refused(activation: str, param: float) -> None:
+    with pytest.raises(OptionError, match="activation_param must be more than 0"):
+        InPlaceABN(3, activation=activation, activation_param=param)  # type: ignore[arg-type]
+
+
+def test_relu_is_refused_with_what_there_is() -> None:
+    with pytest.raises(UnknownNameError, match=r"'relu' \(did you mean 'leaky_relu'"):
+        InPlaceABN(3, activation="relu")  # type: ignore[arg-type]
+
+
+def test_identity_ignores_the_parameter() -> None:
+    assert InPlaceABN(3, activation="identity", activation_param=0)(torch.randn(2, 3)).shape == (2, 3)
+
+
+def _loss(abn: InPlaceABN) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    return x, abn.double()(x * 1).square().sum()
+
+
+def test_a_graph_that_is_kept_can_be_walked_again() -> None:
+    """With ``retain_graph`` backward works on a copy, so the second one is right too."""
+    x, loss = _loss(InPlaceABN(3))
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_a_graph_that_is_not_kept_cannot_be_walked_again() -> None:
+    x, loss = _loss(InPlaceABN(3))
+    torch.autograd.grad(loss, x)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, x)
+
+
+def test_another_reader_of_z_that_comes_after_backward_is_refused() -> None:
+    """Its graph holds a z that has become a gradient: autograd's version counter sees it."""
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    z = InPlaceABN(3)(x * 1)
+    first, second = z.sum(), z.square().sum()
+    first.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_double_backward_is_refused() -> None:
+    x, loss = _loss(InPlaceABN(3))
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_producer_that_needs_its_output_is_refused() -> None:
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    loss = InPlaceABN(3)(torch.sigmoid(x)).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_later_change_of_z_is_refused() -> None:
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    z = InPlaceABN(3)(x * 1)
+    z.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_the_package_offers_it() -> None:
+    assert memsave.InPlaceABN is InPlaceABN
