@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,7 +13,7 @@ __all__ = ["Cuda", "TorchCuda"]
 
 
 class Cuda(Protocol):
-    """One GPU. Bytes are ints; ``memory_stats`` has torch's flat keys (``allocated_bytes.all.peak``)."""
+    """One GPU. ``memory_stats`` has torch's flat keys, such as ``allocated_bytes.all.peak``."""
 
     @property
     def device(self) -> torch.device:
@@ -94,14 +94,14 @@ class TorchCuda:
 
     def time_s(self, run: Callable[[], None]) -> float:
         """Run something and return the seconds between two events recorded around it."""
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event  # without types in torch 2.13
+        begin, end = event(enable_timing=True), event(enable_timing=True)
         self.synchronize()
         begin.record()
         run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1000.0  # torch gives milliseconds
+        return float(begin.elapsed_time(end)) / 1000.0  # torch gives milliseconds
 
 
 def _why_not() -> str:

@@ -166,7 +166,7 @@ def _run_all(
                 break
             print(f"\n== {part.name}: {shlex.join(part.command)}", flush=True)
             outcomes.append(run_part(part, Path(folder) / f"{part.name}.log", left_s))
-            summary = {
+            summary: dict[str, object] = {
                 "card": card,
                 "commit": os.environ.get("MEMBENCH_COMMIT"),
                 "planned": [p.name for p in parts],

@@ -42,7 +42,8 @@ def _prepare(used_before: dict[str, int | None]) -> tuple[dict[str, Any], Handle
         cuda = TorchCuda()
     except MembenchError as error:
         return {**hello, "error": str(error)}, _refuse(str(error))
-    cudnn = torch.backends.cudnn.version()
+    cudnn_backend: Any = torch.backends.cudnn  # without types in torch 2.13
+    cudnn = cudnn_backend.version()
     hello |= {
         "cudnn": None if cudnn is None else str(cudnn),
         "driver": nvml.driver_version(),

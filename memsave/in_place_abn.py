@@ -31,10 +31,10 @@ Activation = Literal["leaky_relu", "elu", "identity"]
 ACTIVATIONS: tuple[Activation, ...] = ("leaky_relu", "elu", "identity")
 
 # A temporary of backward holds an eighth of the activation's bytes: smaller ones would cost more
-# in launches, and in tracing, than they save. Below SMALL_ELEMENTS (8 MiB in float32) nothing is
+# in launches, and in tracing, than they save. Below SMALL_ELEMENTS (4 MiB in float32) nothing is
 # worth saving.
 PARTS = 8
-SMALL_ELEMENTS = 2**21
+SMALL_ELEMENTS = 2**20
 
 
 def in_place_abn(
@@ -61,7 +61,7 @@ def in_place_abn(
     Memory: keeps z, ``x.nbytes`` bytes, which the next layer keeps anyway, and 1/std, one number
         a channel; BatchNorm and activation keep ``x.nbytes`` more. Forward has no temporary of an
         activation's size. Backward has two at a time (leaky ReLU; three in half precision, where
-        it computes in float32) of ``x.nbytes / 8``, or of 8 MiB if that is more.
+        it computes in float32) of ``x.nbytes / 8``, or of 4 MiB if that is more.
     Exact: the result is that of BatchNorm with weight ``|weight| + eps`` and the activation, bit
         for bit with leaky ReLU. For the gradients xhat is read off the result, which gives it
         within ``2 u (|xhat| + |bias| / g)``, u being half the type's ``finfo.eps``: float32
@@ -292,14 +292,32 @@ def _backward_(
     whole = (z, dz, *(t.view(per_channel) for t in (scale, shift, rstd)))
     sums = []
     for z_part, dz_part, *channel in zip(*(torch.split(t, step, 1) for t in whole), strict=True):
-        y, dy = z_part.to(scale.dtype), dz_part.to(scale.dtype)  # themselves, unless half
-        dy = _activation_backward(dy, y, activation, activation_param)
-        _invert_(y, activation, activation_param)
-        sums.append(_norm_backward_(y, dy, channel, batch_statistics))
-        if y is not z_part:
-            z_part.copy_(y)
+        sums.append(
+            _backward_part_(
+                z_part, dz_part, channel, batch_statistics, activation, activation_param
+            )
+        )
     d_scale, d_shift = (torch.cat(parts, 1).flatten() for parts in zip(*sums, strict=True))
     return d_scale, d_shift
+
+
+def _backward_part_(
+    z: Tensor,
+    dz: Tensor,
+    channel: Sequence[Tensor],
+    batch_statistics: bool,
+    activation: Activation,
+    activation_param: float,
+) -> tuple[Tensor, Tensor]:
+    """Overwrite some channels of z with their gradient; a function, so that its tensors die."""
+    dtype = channel[0].dtype
+    y = z.to(dtype)  # z itself, unless half
+    dy = _activation_backward(dz.to(dtype), y, activation, activation_param)
+    _invert_(y, activation, activation_param)
+    sums = _norm_backward_(y, dy, channel, batch_statistics)
+    if y is not z:
+        z.copy_(y)
+    return sums
 
 
 def _channels_at_once(z: Tensor, parts: int) -> int:

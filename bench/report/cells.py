@@ -30,6 +30,10 @@ __all__ = [
 
 NONE = "-"
 STAR = "*"
+_MEMORY_NOTE = (
+    "GPU memory: what the whole process holds, as nvidia-smi shows it. needs: the smallest card "
+    "memory on which the case completes. Both with the CUDA context."
+)
 _STATUS = {"oom": "does not fit"}
 
 
@@ -143,7 +147,7 @@ def table_title(table: Table) -> str:
 
 
 def made_with(table: Table) -> str:
-    """Return torch, settings, commit and date of a table's records, for the line below its title."""
+    """Return torch, settings, commit and date of a table's records, as one line."""
     made = [row.record.environment for row in table.rows]
     words = [f"torch {_listed(e.torch for e in made) or 'not recorded'}"]
     words += [f"CUDA {text}" for text in [_listed(e.cuda for e in made)] if text]
@@ -163,10 +167,7 @@ def made_with(table: Table) -> str:
 def notes(table: Table) -> list[str]:
     """Return what a reader must know to read the figures; only what this table shows."""
     rows = table.rows
-    lines = [
-        "GPU memory: what the whole process holds, as nvidia-smi shows it. needs: the smallest "
-        "card memory on which the case completes. Both with the CUDA context."
-    ]
+    lines = [_MEMORY_NOTE]
     if table.baselines:
         names = " or ".join(repr(name) for name in table.baselines)
         lines.append(f"ratio: GPU memory to that of {names} at the same shape.")

@@ -30,6 +30,14 @@ from bench.report.rows import Table, make_tables
 __all__ = ["report_files", "write_report", "write_reports"]
 
 _HEAD = "*Made by `membench report` from records. Do not edit: delete it and make it again.*"
+_PEAKS_NOTE = (
+    "requested, allocated and reserved are the allocator's peaks. One with &gt; is where the run "
+    "ended for want of memory."
+)
+_PARTS_NOTE = (
+    "the parts add up to the GPU memory of the process. Where no workspace is named, the tensors' "
+    "part holds it: a GPU's allocator cannot tell the two apart."
+)
 _UNFINISHED = ("failed", "timeout", "skipped")
 
 
@@ -88,12 +96,10 @@ def _table_text(suite: str, table: Table, plot: str) -> list[str]:
         f"![{escaped(title)}]({plot}.png)",
         f"The same plot as [SVG]({plot}.svg).",
         "### All figures",
-        f"All {table.evidence}; requested, allocated and reserved are the allocator's peaks. "
-        'A peak with "> " is where the run ended for want of memory.',
+        f"All {table.evidence}; {_PEAKS_NOTE}",
         markdown_table(figures_grid(table), left=4),
         "### Parts of the GPU memory",
-        f"All {table.evidence}; the parts add up to the GPU memory of the process. Where no workspace "
-        "is named, the tensors' part holds it: a GPU's allocator cannot tell the two apart.",
+        f"All {table.evidence}; {_PARTS_NOTE}",
         markdown_table(parts_grid(table), left=2),
         *_unfinished(table),
         "### Make it again",

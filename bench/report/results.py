@@ -28,9 +28,9 @@ def read_results(paths: Sequence[Path]) -> dict[str, list[Record]]:
     if not by_suite:
         given = ", ".join(str(path) for path in paths)
         raise MembenchError(
-            f"no records in {given}: give a .jsonl file that membench run wrote, or a folder of them"
+            f"no records in {given}: give .jsonl files that membench run wrote, or a folder"
         )
-    return {suite: list(last_records(records).values()) for suite, records in by_suite.items()}
+    return {suite: last_records(records) for suite, records in by_suite.items()}
 
 
 def suite_name(record: Record) -> str:

@@ -24,7 +24,7 @@ Agreement = Literal["agrees", "disagrees"]
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A quotient of bytes; ``by_needs`` when it is of what the cases need, not of what they used."""
+    """A quotient of bytes; ``by_needs`` when it is of what cases need, not of what they used."""
 
     value: float
     by_needs: bool

@@ -5,6 +5,8 @@ The colours are from the palette of Okabe and Ito, which colour-blind readers ca
 
 from __future__ import annotations
 
+from typing import Any
+
 from bench.record import Evidence
 
 __all__ = [
@@ -31,7 +33,7 @@ PAPER_COLOUR = "#000000"
 CAPACITY_COLOUR = "#D55E00"
 TEXT_COLOUR = "#333333"
 
-RC = {
+RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # matplotlib's own: the same picture on every machine
     "font.size": 9,
     "hatch.linewidth": 0.5,

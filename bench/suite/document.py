@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Mistake:
 
     place: Place
     text: str
+    also: Place | None = None  # a second place that the sentence ends by naming
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +54,27 @@ class Document:
         """Return the line of ``place``, or of what holds it."""
         return self.lines[self.known(place)]
 
-    def error(self, mistakes: Sequence[Mistake]) -> SuiteError:
-        """Return the error that tells the first of ``mistakes``, by line, and how many follow."""
-        first, *others = sorted(
-            dict.fromkeys(mistakes), key=lambda mistake: self.line(mistake.place)
-        )
-        place = _dotted(self.known(first.place))
-        text = f"{place}: {first.text}" if place else first.text
+    def error(self, mistakes: Iterable[Mistake]) -> SuiteError:
+        """Return the error that tells the first of ``mistakes``, by line, and how many follow.
+
+        Of several at one place only the first counts.
+        """
+        by_place: dict[Place, Mistake] = {}
+        for mistake in mistakes:
+            by_place.setdefault(mistake.place, mistake)
+        first, *others = sorted(by_place.values(), key=lambda mistake: self.line(mistake.place))
+        text = first.text
+        if first.also is not None:
+            text += f" {self._dotted(first.also)} (line {self.line(first.also)})"
+        if place := self._dotted(first.place):
+            text = f"{place}: {text}"
         more = f" (and {len(others)} more)" if others else ""
         return SuiteError(f"{self.label}, line {self.line(first.place)}: {text}{more}")
 
-
-def _dotted(place: Place) -> str:
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
-    return text.removeprefix(".")
+    def _dotted(self, place: Place) -> str:
+        steps = self.known(place)
+        text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+        return text.removeprefix(".")
 
 
 def read_document(path: Path, content: bytes) -> Document:

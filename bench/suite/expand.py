@@ -7,14 +7,13 @@ An entry that fixes its own batch, precision or mode takes no part in that axis.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from bench.case import Case, Mode, Precision, TechniqueUse
-from bench.errors import SuiteError, nearest
+from bench.errors import SuiteError
 from bench.shapes import Shape, check_poolable, crop, format_shape, pad_to
 from bench.suite.document import Mistake, Place
 from bench.suite.names import Row
@@ -23,12 +22,11 @@ from bench.suite.schema import (
     IncludeEntry,
     Matrix,
     NetworkEntry,
-    Paper,
     ShapeEntry,
     SuiteFile,
 )
 
-__all__ = ["MAX_CASES", "Draft", "Requested", "draft_cases", "finish", "suite_drafts", "with_figures"]
+__all__ = ["MAX_CASES", "Draft", "Requested", "draft_cases", "finish", "suite_drafts"]
 
 MAX_CASES = 10_000
 """The most cases a suite may have: far above any table, below what would fill the memory."""
@@ -180,9 +178,10 @@ def finish(suite: SuiteFile, drafts: Iterable[Draft]) -> tuple[list[Case], list[
 
 def _given_twice(name: str, draft: Draft, first: Draft) -> Mistake:
     """Point at the second row, or at the second shape where the row is one and the same."""
+    text = f"case {name} is made here and already by"
     if draft.row is first.row:
-        return Mistake(draft.requested.place, f"case {name} is also made by {{}}", first.requested.place)
-    return Mistake(draft.row.place, f"case {name} is also made by {{}}", first.row.place)
+        return Mistake(draft.requested.place, text, also=first.requested.place)
+    return Mistake(draft.row.place, text, also=first.row.place)
 
 
 def _case(suite: SuiteFile, draft: Draft) -> Case:

@@ -12,6 +12,12 @@ __all__ = ["GIB", "make_case", "make_record", "make_table1"]
 GIB = 2**30
 
 
+_OF_CASE = (
+    *("network", "variant", "requested_shape", "shape", "mode", "batch_size", "precision"),
+    *("paper", "position", "volumes"),
+)
+
+
 def make_case(**overrides: Any) -> Case:
     """Return a case: the FCN's baseline at 96x96x96, with any field replaced."""
     values: dict[str, Any] = {
@@ -31,9 +37,7 @@ def make_record(**overrides: Any) -> Record:
     ``environment`` and ``parts`` take a dict of their fields to replace; ``paper`` is a
     PaperFigure; ``position`` the case's place in its suite. ``needs_bytes`` is the allocator's.
     """
-    case_fields = ("network", "variant", "requested_shape", "shape", "mode", "batch_size")
-    case_fields += ("precision", "paper", "position", "volumes")
-    case = make_case(**{name: overrides.pop(name) for name in case_fields if name in overrides})
+    case = make_case(**{name: overrides.pop(name) for name in _OF_CASE if name in overrides})
     environment = {
         "membench": "0.1.0",
         "torch": "2.13.0",
@@ -104,7 +108,7 @@ _RESERVED_GIB = {  # made up, near what the step needs
 def make_table1(**overrides: Any) -> list[Record]:
     """Return the 18 cells of the FCN paper's Table 1, with made-up figures near the real ones."""
     context = overrides.pop("context_bytes", GIB // 2)
-    records = []
+    records: list[Record] = []
     for column, (shape, reserved_gib) in enumerate(_RESERVED_GIB.items()):
         for place, (variant, (parameters, *printed)) in enumerate(_PAPER_GB.items()):
             reserved = int(reserved_gib[place] * GIB)

@@ -492,9 +492,9 @@ def test_one_byte_less_than_the_case_needs_is_out_of_memory(
 
 def test_a_cap_above_what_is_free_is_refused(cuda: FakeCuda, scripted: Scripted) -> None:
     workload = scripted(lambda _: None)
+    cuda.others_bytes = 100 * MIB
 
     with pytest.raises(MembenchError, match=r"900 MiB: this GPU has 824 MiB free of 1\.0 GiB"):
-        cuda.others_bytes = 100 * MIB
         measure(case(), cuda, capacity_bytes=900 * MIB)
     assert workload.steps == 0
 

@@ -80,13 +80,14 @@ def test_a_gpu_that_nvml_does_not_list_has_no_figure_of_before(
     with_gpu: FakeCuda, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpu.uuid = "MIG-1234"
-    seen: list[Any] = []
-    monkeypatch.setattr(bench.measure, "measure", lambda *_, **named: seen.append(named) or {})
+    monkeypatch.setattr(bench.measure, "measure", lambda *_, **named: named)
 
     _, handle = served()
-    handle({"case": CASE.to_definition()})
 
-    assert seen == [{"used_before_bytes": None, "capacity_bytes": None}]
+    assert handle({"case": CASE.to_definition()}) == {
+        "used_before_bytes": None,
+        "capacity_bytes": None,
+    }
 
 
 def test_nvml_is_asked_before_cuda_is_touched(
@@ -118,7 +119,7 @@ def test_without_a_gpu_hello_and_every_case_say_so(
 
     assert hello["gpu"] is None
     assert "no CUDA GPU found" in hello["error"]
-    with pytest.raises(MembenchError, match="no CUDA GPU found: .*; use --device predict"):
+    with pytest.raises(MembenchError, match=r"no CUDA GPU found: .*; use --device predict"):
         handle({"case": CASE.to_definition()})
 
 
@@ -140,7 +141,7 @@ def test_a_real_child_on_a_machine_without_a_gpu_ends_in_one_line(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also where there is one
 
-    with pytest.raises(MembenchError, match="^no CUDA GPU found: [^\n]*--device predict"):
+    with pytest.raises(MembenchError, match=r"^no CUDA GPU found: [^\n]*--device predict"):
         gpu_identity()
 
 
