@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal
 
+from bench.environment import allocator_settings
 from bench.errors import MembenchError
 from bench.predict.cards import Card
 from bench.predict.shim import choose_tracer, gpu_visible
 from bench.runner import Backend, usable_cores
 
-__all__ = ["Device", "allocator_settings", "measured_backend", "predicted_backend", "use_cuda"]
+__all__ = ["Device", "measured_backend", "predicted_backend", "use_cuda"]
 
 Device = Literal["auto", "cuda", "predict"]
 
@@ -28,12 +28,6 @@ def use_cuda(device: Device) -> bool:
     if device == "cuda" and not visible:
         raise MembenchError(f"--device cuda: {why}; use --device predict to predict without a GPU")
     return visible
-
-
-def allocator_settings() -> str:
-    """Return the caching allocator's settings as the environment gives them, '' for the defaults."""
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
 def predicted_backend(card: Card) -> tuple[Backend, str]:

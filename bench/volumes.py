@@ -107,7 +107,7 @@ def _load(path: Path) -> Any:
         reason = " ".join(str(error).split())
         raise MembenchError(f"{path} is truncated or not a NIfTI file: {reason}") from None
     if not isinstance(image, nibabel.Nifti1Image):  # NIfTI-2 is a subclass of it
-        raise MembenchError(f"{path} is not a NIfTI file, but {type(image).__name__}")
+        raise MembenchError(f"{path} is not a NIfTI volume, but a {type(image).__name__}")
     return image
 
 

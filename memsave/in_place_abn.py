@@ -346,7 +346,8 @@ def _norm_backward_(
         torch.mul(dy, gain, out=y)
         return d_scale, d_shift
     share = y.shape[1] / max(1, y.numel())
-    centred.mul_(d_scale * rstd * -share).sub_(d_shift * gain * share).addcmul_(dy, gain)
+    torch.addcmul(d_shift * gain * -share, centred, d_scale * rstd * -share, out=y)
+    y.addcmul_(dy, gain)
     return d_scale, d_shift
 
 

@@ -56,7 +56,7 @@ class MixedPrecision:
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of ``loss``, scaled if this precision scales."""
         scaled: Tensor = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(scaled)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let ``optimizer`` step with unscaled gradients; not at all if they overflowed."""

@@ -33,7 +33,8 @@ def run(
         Device, typer.Option(help="Measure on a GPU, predict without one; auto: as there is one.")
     ] = "auto",
     card: Annotated[
-        str | None, typer.Option(help="Predict for this card, or cap the GPU to it (see: list cards).")
+        str | None,
+        typer.Option(help="Predict for this card, or cap the GPU to it (see: list cards)."),
     ] = None,
     case: Annotated[
         str | None, typer.Option(help="Run only the cases whose name matches this glob.")
@@ -118,7 +119,13 @@ def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
 
 
 def _progress(total: int) -> Bar:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     bar = Progress(
         TextColumn("{task.description}"),
@@ -146,7 +153,9 @@ def _reporter(bar: Bar, total: int, json: bool) -> Callable[[Progress], None]:
         done += 1
         bar.update(task, completed=done)
         if not sys.stderr.isatty():
-            print(f"[{done}/{total}] {progress.case.name}: {progress.record.status}", file=sys.stderr)
+            print(
+                f"[{done}/{total}] {progress.case.name}: {progress.record.status}", file=sys.stderr
+            )
         if json:
             _print_json(progress.record)
 
@@ -167,5 +176,7 @@ def _print_table(records: list[Record], path: Path) -> None:
     out().print(results_table(records))
     failed = [r for r in records if r.status in ("failed", "timeout", "skipped")]
     for record in failed:
-        err().print(f"{record.case}: {record.status}: {record.reason}", soft_wrap=True, markup=False)
+        err().print(
+            f"{record.case}: {record.status}: {record.reason}", soft_wrap=True, markup=False
+        )
     out().print(f"records: {path}", soft_wrap=True)

@@ -1,14 +1,15 @@
 // A CUDA device that is not there: lets PyTorch's fake tensors live on cuda:0 without a GPU.
 //
-// Fake tensors have shapes, dtypes and devices but no data, so no kernel ever runs. What stands in
-// the way without a GPU is only PyTorch asking about the device: how many are there, is there cuDNN,
-// which one is current, which stream. This library answers: one device, cuDNN present, the default
-// stream. Autograd, autocast, checkpointing and the fused optimizers then choose the operators that
-// they choose on a GPU, and a trace of a training step is a trace of the CUDA step.
+// Fake tensors have shapes, dtypes and devices but no data, so no kernel ever runs. What stands
+// in the way without a GPU is only PyTorch asking about the device: how many are there, is there
+// cuDNN, which one is current, which stream. This library answers: one device, cuDNN present, the
+// default stream. Autograd, autocast, checkpointing and the fused optimizers then choose the
+// operators that they choose on a GPU, and a trace of a training step is a trace of the CUDA
+// step.
 //
-// It must be loaded before torch is imported, in a process that does nothing else: loaded later, the
-// forward pass and the backward pass fail. Nothing here reaches a driver; a real (not fake) tensor on
-// cuda:0 is an error in such a process. bench/predict/shim.py compiles and loads it.
+// It must be loaded before torch is imported, in a process that does nothing else: loaded later,
+// the forward pass and the backward pass fail. Nothing here reaches a driver; a real (not fake)
+// tensor on cuda:0 is an error in such a process. bench/predict/shim.py compiles and loads it.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -20,8 +21,8 @@ namespace {
 
 constexpr c10::DeviceIndex kOnlyDevice = 0;
 
-// The release that convolution and attention are told of: new enough that no operator takes the path
-// it keeps for an old cuDNN. 9.10.0, the generation that torch 2.11 to 2.13 ship with.
+// The release that convolution and attention are told of: new enough that no operator takes the
+// path it keeps for an old cuDNN. 9.10.0, the generation that torch 2.11 to 2.13 ship with.
 constexpr long kCudnnVersion = 91000;
 
 c10::Device only_device() {
@@ -32,9 +33,10 @@ c10::Stream default_stream() {
   return c10::Stream(c10::Stream::DEFAULT, only_device());
 }
 
-// Every operator enters its tensor's device through a guard, and autograd's engine starts one thread
-// for each device that a guard counts. The base class counts one, but says that the current one is
-// number -1: backward then takes each gradient to come from another stream, and asks for an event.
+// Every operator enters its tensor's device through a guard, and autograd's engine starts one
+// thread for each device that a guard counts. The base class counts one, but answers every
+// question about the current device and stream with device -1: backward then takes each gradient
+// to come from another stream, and asks for an event.
 struct FakeCudaGuard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device getDevice() const override { return only_device(); }
   c10::Device exchangeDevice(c10::Device) const override { return only_device(); }
@@ -75,8 +77,8 @@ std::unique_ptr<at::CUDAHooksInterface> make_hooks(at::CUDAHooksArgs arguments) 
   return std::make_unique<FakeCudaHooks>(arguments);
 }
 
-// Preferred over the hooks that a CUDA build of torch registers under the same name when it loads,
-// which would look for a driver.
+// Preferred over the hooks that a CUDA build of torch registers under the same name when it
+// loads, which would look for a driver.
 const c10::Registerer<std::string, std::unique_ptr<at::CUDAHooksInterface>, at::CUDAHooksArgs>
     hooks_registration("CUDAHooks", c10::REGISTRY_PREFERRED, at::CUDAHooksRegistry(), make_hooks);
 

@@ -34,7 +34,9 @@ def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
             tracer.name_modules(workload.model)
             model = workload.model
             tracer.categorise((t for t in (*model.parameters(), *model.buffers())), "parameter")
-            tracer.categorise((t for t in (workload.images, workload.target) if t is not None), "input")
+            tracer.categorise(
+                (t for t in (workload.images, workload.target) if t is not None), "input"
+            )
             for _ in range(case.steps):
                 begun = len(tracer.trace.sites)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from bench.predict.alloc_conf import AllocatorSettings, settings_from_snapshot
-from bench.predict.snapshot import reserved_course
 from bench.predict.start_state import settle_blocks
 from bench.predict.trace import (
     EventKind,
@@ -20,7 +20,7 @@ from bench.predict.trace import (
 
 __all__ = ["reduced_trace"]
 
-_LENGTHS: dict[EventKind, int] = {  # fields without the stream, which may be left out
+_LENGTHS: dict[str, int] = {  # fields without the stream, which may be left out
     "alloc": 3,
     "free": 2,
     "segment_alloc": 3,
@@ -60,36 +60,41 @@ def reduced_trace(data: Mapping[str, Any], device: int | None) -> Trace:
         reserved_start_bytes=start,
         reserved_peak_bytes=peak,
         reserved_end_bytes=end,
+        end_addresses=frozenset(
+            whole_number(row[0], "a final segment's address")
+            for row in _rows(expected, "final_segments")
+        )
+        if "final_segments" in expected
+        else frozenset(),
     )
 
 
 def _segments(data: Mapping[str, Any], expandable: bool) -> tuple[RecordedSegment, ...]:
+    rows = _rows(data, "segments_at_start", 4)
+    empty = checked_segments(_segment(row, expandable) for row in rows)
     blocks = sorted(
         (whole_number(row[0], "a block's address"), whole_number(row[1], "a block's size"))
         for row in _rows(data, "blocks_at_start", 2)
     )
-    segments = sorted(_rows(data, "segments_at_start", 4), key=lambda row: str(row[0]).zfill(20))
-    made, place = [], 0
-    for row in segments:
-        address = whole_number(row[0], "a segment's address")
-        size = whole_number(row[1], "a segment's size", at_least=1)
-        inside = place
-        while inside < len(blocks) and blocks[inside][0] < address + size:
-            inside += 1
-        made.append(
-            RecordedSegment(
-                address=address,
-                size=size,
-                stream=whole_number(row[2], "a segment's stream"),
-                small=row[3] == "small",
-                expandable=bool(row[4]) if len(row) > 4 else expandable,
-                blocks=tuple(blocks[place:inside]),
-            )
-        )
-        place = inside
+    place, filled = 0, []
+    for segment in empty:
+        begun = place
+        while place < len(blocks) and blocks[place][0] < segment.end:
+            place += 1
+        filled.append(replace(segment, blocks=tuple(blocks[begun:place])))
     if place < len(blocks):
         raise TraceFormatError(f"its block at {blocks[place][0]} lies in no segment")
-    return checked_segments(made)
+    return checked_segments(filled)
+
+
+def _segment(row: Sequence[Any], expandable: bool) -> RecordedSegment:
+    return RecordedSegment(
+        address=whole_number(row[0], "a segment's address"),
+        size=whole_number(row[1], "a segment's size", at_least=1),
+        stream=whole_number(row[2], "a segment's stream"),
+        small=row[3] == "small",
+        expandable=bool(row[4]) if len(row) > 4 else expandable,
+    )
 
 
 def _rows(data: Mapping[str, Any], key: str, at_least: int = 1) -> list[Sequence[Any]]:
@@ -103,14 +108,14 @@ def _rows(data: Mapping[str, Any], key: str, at_least: int = 1) -> list[Sequence
 
 
 def _event(row: Sequence[Any], index: int) -> TraceEvent:
-    kind: EventKind = row[0]
+    kind = row[0]
     length = _LENGTHS.get(kind) if isinstance(kind, str) else None
     if length is None or len(row) < length:
         raise TraceFormatError(f"event {index} is no event: {list(row)!r:.60}")
     address, size = row[1], row[2] if length > 2 else 0
     stream = row[3] if length > 2 and len(row) > 3 else 0
     return TraceEvent(
-        kind,
+        cast(EventKind, kind),
         whole_number(address or 0, f"event {index}'s address"),
         whole_number(size, f"event {index}'s size"),
         whole_number(stream, f"event {index}'s stream"),

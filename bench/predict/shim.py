@@ -315,5 +315,5 @@ def gpu_visible() -> tuple[bool, str]:
     return False, f"no NVIDIA GPU is visible ({why})"
 
 
-def _device_files() -> list[Path]:
-    return sorted(Path("/dev").glob("nvidia[0-9]*"))
+def _device_files(folder: Path = Path("/dev")) -> list[Path]:
+    return sorted(folder.glob("nvidia[0-9]*"))

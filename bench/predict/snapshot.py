@@ -66,6 +66,7 @@ def snapshot_trace(data: Mapping[str, Any], device: int | None) -> Trace:
         reserved_start_bytes=reserved_start,
         reserved_peak_bytes=peak,
         reserved_end_bytes=sum(segment.size for segment in final),
+        end_addresses=frozenset(segment.address for segment in final),
     )
 
 

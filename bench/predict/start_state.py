@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import PoolId, round_size
-from bench.predict.trace import RecordedSegment, TraceEvent
+from bench.predict.trace import AddressUse, RecordedSegment, TraceEvent
 from bench.units import MIB
 
 __all__ = ["settle_blocks", "state_at_start"]
@@ -31,11 +31,12 @@ def state_at_start(
 ) -> tuple[RecordedSegment, ...]:
     """Return the segments and live blocks before the first event.
 
-    A damaged event (an address where nothing lived) is mended by the nearest block of its size.
+    A damaged event (an address where nothing lived) is mended by a block of its size that
+    nothing else accounts for.
     """
     rewind = _Rewind(final, events, settings)
-    for event in reversed(events):
-        rewind.undo(event)
+    for number in range(len(events) - 1, -1, -1):
+        rewind.undo(events[number], number)
     return settle_blocks(rewind.segments(), events, settings)
 
 
@@ -51,16 +52,18 @@ class _Rewind:
         self.plain = {s.address: s for s in final if not s.expandable}
         self.pages: dict[_Key, list[list[int]]] = {}  # mapped [start, end) by pool
         self.repairs = 0
+        self._addresses = AddressUse(events)
         self._anchors = _page_anchors(final, events)
         for segment in final:
             if segment.expandable:
                 key = (segment.stream, segment.small, segment.pool_id)
                 _add(self.pages.setdefault(key, []), segment.address, segment.end)
 
-    def undo(self, event: TraceEvent) -> None:
+    def undo(self, event: TraceEvent, number: int) -> None:
+        """Go back before ``event``, the trace's event ``number``."""
         match event.kind:
             case "alloc":
-                self._remove_block(event)
+                self._remove_block(event, number)
             case "free" | "free_completed":
                 if event.size:
                     self.live[event.address] = round_size(event.size, self.settings)
@@ -81,16 +84,23 @@ class _Rewind:
                 pages = self.pages.setdefault(self._key(event), [])
                 _add(pages, event.address, event.address + event.size)
 
-    def _remove_block(self, event: TraceEvent) -> None:
+    def _remove_block(self, event: TraceEvent, number: int) -> None:
         if self.live.pop(event.address, None) is not None or not event.size:
             return
         self.repairs += 1
         if self.repairs > _MAX_REPAIRS:
             return
+        # The block that was meant has no allocation of its own: the last use of its address was a
+        # free, or it had none.
         rounded = round_size(event.size, self.settings)
-        alike = [a for a, size in self.live.items() if 0 <= size - rounded <= _LARGEST_SLACK_BYTES]
+        alike = [
+            (last_is_free is None, abs(address - event.address), address)
+            for address, size in self.live.items()
+            if 0 <= size - rounded <= _LARGEST_SLACK_BYTES
+            and (last_is_free := self._addresses.last_is_free(address, number)) is not False
+        ]
         if alike:
-            del self.live[min(alike, key=lambda address: abs(address - event.address))]
+            del self.live[min(alike)[2]]
 
     def _key(self, event: TraceEvent) -> _Key:
         """Say which pool pages belong to: the events do not tell small from large."""

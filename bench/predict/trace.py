@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,7 @@ from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import DEFAULT_POOL, PoolId
 
 __all__ = [
+    "AddressUse",
     "EventKind",
     "RecordedSegment",
     "Trace",
@@ -40,14 +42,14 @@ class TraceFormatError(Exception):
 
 
 class TraceEvent(NamedTuple):
-    """One thing the allocator did. ``index`` is its place in the file's own list."""
+    """One thing the allocator did. ``place`` is its place in the file's own list of events."""
 
     kind: EventKind
     address: int
     size: int
     stream: int
     pool_id: PoolId
-    index: int
+    place: int
     by_user: bool = False  # a release that empty_cache is known to have asked for
 
 
@@ -83,6 +85,41 @@ class Trace:
     reserved_start_bytes: int
     reserved_peak_bytes: int
     reserved_end_bytes: int
+    end_addresses: frozenset[int] = frozenset()  # of the segments at the end, where recorded
+
+
+class AddressUse:
+    """When blocks at an address are allocated and freed, which take turns in an undamaged trace."""
+
+    def __init__(self, events: Sequence[TraceEvent]) -> None:
+        self._places: dict[int, list[int]] = {}
+        self._frees = set()
+        for number, event in enumerate(events):
+            if event.kind in ("alloc", "free", "free_completed"):
+                self._places.setdefault(event.address, []).append(number)
+                if event.kind != "alloc":
+                    self._frees.add(number)
+
+    def next_is_free(self, address: int, number: int) -> bool:
+        """Whether the first use of ``address`` after event ``number`` is a free."""
+        following = self._following(address, number)
+        return following is not None and following in self._frees
+
+    def next_is_alloc(self, address: int, number: int) -> bool:
+        """Whether the first use of ``address`` after event ``number`` is an allocation."""
+        following = self._following(address, number)
+        return following is not None and following not in self._frees
+
+    def _following(self, address: int, number: int) -> int | None:
+        places = self._places.get(address, ())
+        following = bisect_right(places, number)
+        return places[following] if following < len(places) else None
+
+    def last_is_free(self, address: int, number: int) -> bool | None:
+        """Whether the last use of ``address`` before event ``number`` is a free; None: none."""
+        places = self._places.get(address, ())
+        before = bisect_left(places, number) - 1
+        return places[before] in self._frees if before >= 0 else None
 
 
 def whole_number(value: Any, what: str, *, at_least: int = 0) -> int:

@@ -94,7 +94,11 @@ class Tracer(TorchDispatchMode):
         self._recording = True
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the operator and record the storages that it made."""
         if func is torch.ops.prim.device.default or not self._recording:
@@ -240,9 +244,7 @@ class Tracer(TorchDispatchMode):
     def _convolution_backward(self, args: tuple[Any, ...], result: Any, site: Site) -> None:
         gradient, source, weight = args[:3]
         input_gradient, weight_gradient, bias_gradient = result
-        native = _runs_without_cudnn(
-            self.device_type, source, weight, None, *args[4:10]
-        )
+        native = _runs_without_cudnn(self.device_type, source, weight, None, *args[4:10])
         self._contiguous_copies((gradient,), site)
         self._record_result(input_gradient, site)
         if input_gradient is not None and not native:
@@ -262,7 +264,9 @@ class Tracer(TorchDispatchMode):
             dense = tensor.is_contiguous() or (
                 tensor.dim() in (4, 5)
                 and tensor.is_contiguous(
-                    memory_format=torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+                    memory_format=torch.channels_last
+                    if tensor.dim() == 4
+                    else torch.channels_last_3d
                 )
             )
             if not dense:
@@ -279,7 +283,9 @@ class Tracer(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         operator = str(func)
         if node is None:
-            site = Site(self._module_stack[-1] if self._module_stack else "", operator, _user_line())
+            site = Site(
+                self._module_stack[-1] if self._module_stack else "", operator, _user_line()
+            )
             # The node of this operator, if it gets one, was numbered just before we were called;
             # operators without a node follow it and must not take its place.
             self._forward_sites.setdefault(torch._C._autograd._get_sequence_nr() - 1, site)

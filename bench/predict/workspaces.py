@@ -22,7 +22,9 @@ def fill_workspaces(trace: Trace, card: Card) -> Trace:
     for event in trace.events:
         if event[0] == "convolution":
             _, operand_bytes, kind, site = event
-            identity = _allocate(filled, card.convolution_workspace_bytes(kind, operand_bytes), site)
+            identity = _allocate(
+                filled, card.convolution_workspace_bytes(kind, operand_bytes), site
+            )
             events.append(("free", identity))
         elif event[0] == "cublas":
             _allocate(filled, card.cublas_workspace_bytes, event[2])
@@ -43,6 +45,9 @@ def uncalibrated_parts(events: Iterable[Event], cudnn_benchmark: bool) -> tuple[
     """Name the parts of a prediction that rest on an estimate, not on a measurement."""
     parts = ["context"]
     if any(event[0] == "convolution" for event in events):
-        parts.append("convolution workspace (cudnn.benchmark on)" if cudnn_benchmark else
-                     "convolution workspace")
+        parts.append(
+            "convolution workspace (cudnn.benchmark on)"
+            if cudnn_benchmark
+            else "convolution workspace"
+        )
     return tuple(parts)

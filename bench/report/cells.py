@@ -98,6 +98,8 @@ def cells(row: Row) -> dict[str, str]:
 
 def _peak_text(record: Record, peak_bytes: int | None) -> str:
     """Return a peak; "> " where the run ended before its peak, for want of memory."""
+    if record.status not in ("ok", "oom"):
+        return NONE
     text = size_text(peak_bytes)
     return f"> {text}" if record.status == "oom" and peak_bytes is not None else text
 

@@ -209,7 +209,9 @@ def _section(records: Sequence[Record], baseline_variant: str) -> Section:
 
 
 def _needs_of_card(record: Record) -> int | None:
-    return _with_context(record, record.needs_bytes)
+    """Return None too for a case that did not run to its end: it says nothing about needs."""
+    known = record.status in ("ok", "oom")
+    return _with_context(record, record.needs_bytes) if known else None
 
 
 def _with_context(record: Record, allocator_bytes: int | None) -> int | None:

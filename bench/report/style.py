@@ -36,6 +36,7 @@ TEXT_COLOUR = "#333333"
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # matplotlib's own: the same picture on every machine
     "font.size": 9,
+    "text.parse_math": False,  # a variant's name is no formula
     "hatch.linewidth": 0.5,
     "svg.hashsalt": "membench",  # the same ids in every run, so that a remade plot is the same file
 }

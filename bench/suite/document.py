@@ -84,16 +84,7 @@ def read_document(path: Path, content: bytes) -> Document:
     """
     if len(content) > MAX_FILE_BYTES:
         raise SuiteError(f"{path} has {len(content)} bytes, over the limit of {MAX_FILE_BYTES}")
-    try:
-        root = _compose(content.decode())
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise SuiteError(f"{path}, line {line}: not UTF-8 text") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise SuiteError(f"{path}, line {line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:  # a character that YAML forbids
-        raise SuiteError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    root = _root(path, content)
     if root is None:
         raise SuiteError(f"{path} is empty; a suite needs a title and a matrix")
     builder = _Builder(path)
@@ -101,6 +92,23 @@ def read_document(path: Path, content: bytes) -> Document:
     if not isinstance(data, dict):
         raise SuiteError(f"{path}, line 1: a suite is a mapping (title: ...), not {_kind(data)}")
     return Document(label=str(path), data=data, lines=builder.lines)
+
+
+def _root(path: Path, content: bytes) -> yaml.Node | None:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SuiteError(f"{path}, line {line}: not UTF-8 text") from None
+    try:
+        return _compose(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise SuiteError(f"{path}, line {line}: not YAML: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise SuiteError(f"{path}, line {line}: not YAML: a control character") from None
 
 
 def _kind(data: Any) -> str:

@@ -64,7 +64,8 @@ def suite_drafts(suite: SuiteFile, rows: Sequence[Row]) -> tuple[list[Draft], li
     mistakes: list[Mistake] = []
     if suite.matrix is not None:
         shapes = [
-            _requested(entry, ("matrix", "shapes", i)) for i, entry in enumerate(suite.matrix.shapes)
+            _requested(entry, ("matrix", "shapes", i))
+            for i, entry in enumerate(suite.matrix.shapes)
         ]
         if _size(suite.matrix) > MAX_CASES:
             text = f"{_size(suite.matrix)} cases are over the limit of {MAX_CASES}"
@@ -187,6 +188,7 @@ def _given_twice(name: str, draft: Draft, first: Draft) -> Mistake:
 def _case(suite: SuiteFile, draft: Draft) -> Case:
     entry = draft.row.entry
     training = entry.training or suite.training
+    figure = entry.paper if isinstance(entry, IncludeEntry) else None
     return Case(
         network=draft.row.network,
         variant=draft.variant,
@@ -203,6 +205,7 @@ def _case(suite: SuiteFile, draft: Draft) -> Case:
         cudnn_benchmark=suite.cudnn_benchmark,
         time_limit_s=entry.time_limit_s or suite.time_limit_s,
         volumes=draft.requested.volumes,
+        paper=suite.paper.figure(figure) if suite.paper and figure else None,
     )
 
 

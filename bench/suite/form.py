@@ -15,6 +15,14 @@ from bench.suite.schema import SuiteFile
 
 __all__ = ["check_form"]
 
+# pydantic's words for these are Python's, not YAML's
+_FORMS = {
+    "model_type": "should be a mapping (key: value)",
+    "dict_type": "should be a mapping (key: value)",
+    "list_type": "should be a list ([a, b])",
+    "string_type": "should be text",
+}
+
 
 def check_form(document: Document) -> SuiteFile:
     """Return the suite that ``document`` holds, or raise SuiteError for its first mistake."""
@@ -29,15 +37,17 @@ def _mistake(details: ErrorDetails) -> Mistake:
     kind, context = details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
         known = _fields(place[:-1])
-        return Mistake(place[:-1] + place[-1:], f"unknown key{nearest(str(place[-1]), known)}")
+        return Mistake(place, f"unknown key{nearest(str(place[-1]), known)}")
     if kind == "missing":
         return Mistake(place[:-1], f"{place[-1]!r} is missing")
     if kind == "value_error":
         return Mistake(place, str(context["error"]))
     if kind == "literal_error":
         return Mistake(place, f"{given!r} is not {context['expected']}")
-    text = details["msg"].removeprefix("Input ")
-    return Mistake(place, f"{text[0].lower()}{text[1:]}, got {_shown(given)}")
+    if kind in ("too_short", "string_too_short"):
+        return Mistake(place, "should not be empty")
+    text = _FORMS.get(kind) or details["msg"].removeprefix("Input ")
+    return Mistake(place, f"{text}, got {_shown(given)}")
 
 
 def _shown(given: Any) -> str:

@@ -32,7 +32,7 @@ class Row:
     divisor: Shape
 
 
-class _Wrong(Exception):  # noqa: N818 - never leaves this module
+class _Wrong(Exception):
     def __init__(self, mistake: Mistake) -> None:
         super().__init__(mistake.text)
         self.mistake = mistake
@@ -114,22 +114,36 @@ def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
 
 
 def _check_training(training: Training, place: Place) -> None:
-    import torch
-
     from bench.losses import LOSSES
     from bench.workload import OPTIMIZERS
 
     _check_known((*place, "loss"), "unknown loss", training.loss, LOSSES)
     optimizer, place = training.optimizer, (*place, "optimizer")
     _check_known((*place, "name"), "unknown optimizer", optimizer.name, OPTIMIZERS)
-    kind, defaults = OPTIMIZERS[optimizer.name]
-    known = [key for key in inspect.signature(kind).parameters if key != "params"]
-    _check_keys(place, optimizer.options, f"no option of {optimizer.name}", known)
-    weights = [torch.nn.Parameter(torch.empty(1, device="meta"))]
-    # fused and foreach ask for a device; the meta device, which checks the others, has neither.
-    options = {**defaults, **optimizer.options, "fused": False, "foreach": False}
-    with _pointing(place, optimizer.options):
-        kind(weights, **options)
+    known = inspect.signature(OPTIMIZERS[optimizer.name][0]).parameters
+    names = [name for name in known if name != "params"]
+    _check_keys(place, optimizer.options, f"no option of {optimizer.name}", names)
+    for key, value in optimizer.options.items():
+        if not _fits(value, known[key].default):
+            text = f"{value!r} will not do; the usual value is {known[key].default!r}"
+            raise _Wrong(Mistake((*place, key), text))
+
+
+def _fits(value: Any, usual: Any) -> bool:
+    """Whether an optimizer can take ``value`` where torch's default is ``usual``.
+
+    By type and sign only: making an optimizer would be the better check, but its first one takes
+    torch longer than all else that a suite needs.
+    """
+    if isinstance(usual, bool) or usual is None:
+        return isinstance(value, bool)
+    if isinstance(usual, tuple):
+        return (
+            isinstance(value, list)
+            and len(value) == len(usual)
+            and all(_fits(v, u) for v, u in zip(value, usual, strict=True))
+        )
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _check_known(place: Place, problem: str, name: str, known: Iterable[str]) -> None:
@@ -155,6 +169,8 @@ def _pointing(place: Place, options: Mapping[str, Any]) -> Iterator[None]:
         yield
     except (MembenchError, ValueError, TypeError, RuntimeError) as error:
         text = " ".join(str(error).split())
+        if isinstance(error, TypeError | RuntimeError):  # torch's words do not say what it is about
+            text = f"cannot be built so: {text}"
         key = _spoken_of(options, text, getattr(error, "name", None))
         raise _Wrong(Mistake(place if key is None else (*place, key), text)) from None
 

@@ -113,7 +113,9 @@ class ShapeEntry(_Strict):
 
     shape: ShapeText
     pad: bool = Field(default=False, description="Pad each side up to what the network pools.")
-    crop: InplaneText | None = Field(default=None, description="Limit of the in-plane sides, 256x256.")
+    crop: InplaneText | None = Field(
+        default=None, description="Limit of the in-plane sides, 256x256."
+    )
 
     @property
     def sides(self) -> Shape:
@@ -160,7 +162,9 @@ class AnyEntry(_Optioned):
     """What a row of the table and a single case have in common."""
 
     variant: Variant = Field(description="The row's name in tables and in the names of cases.")
-    precision: Precision | None = Field(default=None, description="Fixes what the matrix would vary.")
+    precision: Precision | None = Field(
+        default=None, description="Fixes what the matrix would vary."
+    )
     batch: BatchSize | None = Field(default=None, description="Fixes what the matrix would vary.")
     mode: Mode | None = Field(default=None, description="Fixes what the matrix would vary.")
     techniques: list[AnyTechnique] = []
@@ -219,7 +223,9 @@ class ExcludeEntry(_Strict):
 class VolumesEntry(_Strict):
     """How shapes are taken from a folder of volumes (``--volumes``); they are always padded."""
 
-    crop: InplaneText | None = Field(default=None, description="Limit of the in-plane sides, 256x256.")
+    crop: InplaneText | None = Field(
+        default=None, description="Limit of the in-plane sides, 256x256."
+    )
 
     @property
     def limit(self) -> tuple[int, int] | None:
@@ -249,7 +255,9 @@ class SuiteFile(_Strict):
 
     title: str = Field(min_length=1)
     description: str = ""
-    card: str | None = Field(default=None, description="Predict for this card unless told otherwise.")
+    card: str | None = Field(
+        default=None, description="Predict for this card unless told otherwise."
+    )
     time_limit_s: Seconds = Field(default=600.0, description="A case that takes longer is stopped.")
     cudnn_benchmark: bool = False
     baseline: str | None = Field(default=None, description="The variant that ratios are taken to.")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,12 +102,16 @@ def test_without_torch_its_versions_are_not_known(monkeypatch: pytest.MonkeyPatc
     assert (read.torch, read.cuda) == (None, None)
 
 
-def test_cudnn_is_what_the_loaded_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = SimpleNamespace(
-        version=SimpleNamespace(cuda="13.0"),
-        backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 91900)),
+def loaded_torch(cuda: str | None, cudnn: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        __spec__=find_spec("torch"),
+        version=SimpleNamespace(cuda=cuda),
+        backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: cudnn)),
     )
-    monkeypatch.setitem(sys.modules, "torch", loaded)
+
+
+def test_cudnn_is_what_the_loaded_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", loaded_torch("13.0", 91900))
 
     assert read_environment().cudnn == "91900"
 
@@ -132,11 +137,7 @@ def test_cudnn_is_its_wheels_version_when_torch_is_not_loaded(
 
 def test_a_loaded_torch_without_cuda_has_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the shim torch would answer with the version of a cuDNN that is not there."""
-    loaded = SimpleNamespace(
-        version=SimpleNamespace(cuda=None),
-        backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 91000)),
-    )
-    monkeypatch.setitem(sys.modules, "torch", loaded)
+    monkeypatch.setitem(sys.modules, "torch", loaded_torch(None, 91000))
 
     assert read_environment().cudnn != "91000"
 

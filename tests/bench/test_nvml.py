@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -85,9 +86,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 @pytest.fixture
-def notes(fake: FakeNvml) -> list[str]:
+def notes(fake: FakeNvml) -> Iterator[list[str]]:
     """A list for the notes; whatever a test reads, every session is closed again."""
-    return []
+    yield []
+    assert fake.open == 0
 
 
 def test_the_devices_are_those_that_nvml_lists(fake: FakeNvml) -> None:

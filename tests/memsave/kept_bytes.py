@@ -34,14 +34,14 @@ def saved_bytes(step: Callable[[], Tensor], model: nn.Module | None = None) -> i
     return sum(kept.values())
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operators made while it was on, and their peak.
 
     What existed before counts as nothing, and so does a storage that an operator writes into.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now_bytes = 0
         self.peak_bytes = 0
         self._live: dict[int, int] = {}

@@ -5,7 +5,7 @@
 
 from bench.predict.allocator.blocks import DEFAULT_POOL, Block, PoolId, PoolName
 from bench.predict.allocator.caching import CachingAllocator, Counters, OutOfMemory
-from bench.predict.allocator.restore import restore_range, restore_segment
+from bench.predict.allocator.restore import allocate_at, restore_range, restore_segment
 from bench.predict.allocator.rules import round_size, segment_size
 from bench.predict.allocator.simulate import (
     Event,
@@ -14,6 +14,7 @@ from bench.predict.allocator.simulate import (
     needs_bytes,
     simulate,
 )
+from bench.predict.allocator.store import PlaceSegment
 
 __all__ = [
     "DEFAULT_POOL",
@@ -23,9 +24,11 @@ __all__ = [
     "Event",
     "OutOfMemory",
     "PhasePeaks",
+    "PlaceSegment",
     "PoolId",
     "PoolName",
     "SimulationResult",
+    "allocate_at",
     "needs_bytes",
     "restore_range",
     "restore_segment",

@@ -138,14 +138,20 @@ class CachingAllocator(SegmentStore):
         block = self._take_cached(pool, stream, rounded) if search else None
         if block is None:
             block = self._make_block(pool, stream, rounded, size)
+        return self.hand_out(block, rounded, size)
+
+    def hand_out(self, block: Block, rounded: int, requested: int) -> Block:
+        """Allocate the front of ``block``, which is in no list; split off the rest if it may be."""
         rest = block.size - rounded
         if rest >= MIN_BLOCK_BYTES and (
-            small or self.expandable or (rest > LARGEST_SMALL_BYTES and rounded < self._max_split)
+            rounded <= LARGEST_SMALL_BYTES
+            or self.expandable
+            or (rest > LARGEST_SMALL_BYTES and rounded < self._max_split)
         ):
             self.cut(block, rounded)
-            pool.add(block.next)  # type: ignore[arg-type]  # cut made it
+            block.pool.add(block.next)  # type: ignore[arg-type]  # cut made it
         block.state = LIVE
-        self.charge(block, size)
+        self.charge(block, requested)
         return block
 
     def charge(self, block: Block, requested: int) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from bench.predict.allocator.blocks import DEFAULT_POOL, FREE, LIVE, UNMAPPED, Block, Pool, PoolId
 from bench.predict.allocator.caching import CachingAllocator
+from bench.predict.allocator.rules import LARGEST_SMALL_BYTES, round_size
 
-__all__ = ["restore_range", "restore_segment"]
+__all__ = ["allocate_at", "restore_range", "restore_segment"]
 
 Piece = tuple[int, int]  # (address, size)
 
@@ -58,6 +59,28 @@ def restore_range(
     if cursor < piece[0] + piece[1]:
         pieces.append((cursor, piece[0] + piece[1] - cursor, UNMAPPED))
     return _carve(allocator, pool, range_.head, pieces)
+
+
+def allocate_at(
+    allocator: CachingAllocator,
+    address: int,
+    size: int,
+    stream: int = 0,
+    pool_id: PoolId = DEFAULT_POOL,
+) -> Block | None:
+    """Allocate at a given address, against best fit; None where that is not free."""
+    rounded = round_size(size, allocator.settings)
+    pool = allocator.pool(rounded <= LARGEST_SMALL_BYTES, pool_id)
+    for block_size, start, _, block in pool.free.get(stream, ()):
+        if start <= address and address + rounded <= start + block_size:
+            pool.remove(block)
+            if start < address:
+                allocator.cut(block, address - start)
+                pool.add(block)
+                assert block.next is not None
+                block = block.next
+            return allocator.hand_out(block, rounded, size)
+    return None
 
 
 def _pieces(whole: Piece, live: Iterable[Piece]) -> list[tuple[int, int, int]]:

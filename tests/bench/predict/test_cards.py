@@ -77,8 +77,8 @@ def test_operands_are_copied_where_tensor_cores_read_them(name: str) -> None:
     card = find_card(name)
     workspace = card.convolution_workspace
 
-    assert workspace.float32.operand_fraction == (1.0 if card.compute_capability >= (8, 0) else 0.0)
-    assert workspace.half.operand_fraction == (1.0 if card.compute_capability >= (7, 0) else 0.0)
+    assert workspace.float32.operand_fraction == (0.5 if card.compute_capability >= (8, 0) else 0.0)
+    assert workspace.half.operand_fraction == (0.5 if card.compute_capability >= (7, 0) else 0.0)
     assert "assumption" in workspace.source
     assert card.calibration is None
 
@@ -87,7 +87,7 @@ def test_the_convolution_workspace_is_the_floor_and_the_fraction_of_the_operands
     v100 = find_card("v100-32gb")
 
     assert v100.convolution_workspace_bytes("float32", 1_000) == 32 * MIB
-    assert v100.convolution_workspace_bytes("half", 1_000) == 32 * MIB + 1_000
+    assert v100.convolution_workspace_bytes("half", 1_000) == 32 * MIB + 500
 
 
 @pytest.mark.parametrize(

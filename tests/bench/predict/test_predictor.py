@@ -47,7 +47,9 @@ def test_a_prediction_adds_up() -> None:
 def test_the_parameters_are_counted_and_held() -> None:
     case = fcn()
     trace, parameters = trace_case(case, "cpu")
-    owned = [e[2] for e in trace.events if e[0] == "alloc" and trace.categories[e[1]] == "parameter"]
+    owned = [
+        e[2] for e in trace.events if e[0] == "alloc" and trace.categories[e[1]] == "parameter"
+    ]
     buffers = sum(2 * 4 * c + 8 for c in (2, 4, 4, 8, 2, 4))  # mean, variance; the batches counted
     assert sum(owned) == 4 * parameters + buffers
 

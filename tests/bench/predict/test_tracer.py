@@ -276,7 +276,9 @@ def test_categories_follow_the_owner() -> None:
     assert by_category["input"] == [200]
     assert by_category["gradient"] == [400]
     assert by_category["optimizer_state"] == [400, 400]
-    assert sum(by_category["activation"]) == 200 + 4  # exp's output, kept for backward, and the loss
+    assert (
+        sum(by_category["activation"]) == 200 + 4
+    )  # exp's output, kept for backward, and the loss
 
 
 def test_nothing_is_recorded_once_stopped_and_hooks_are_gone() -> None:

@@ -1,0 +1,271 @@
+"""``membench run`` from end to end: a small suite, predicted in real workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from bench.cli import app
+from bench.record import read_records
+
+ROOT = Path(__file__).resolve().parents[3]
+
+SUITE = """\
+title: A small suite
+card: v100-32gb
+matrix:
+  networks:
+    - {name: fcn, variant: small, widths: [4, 8]}
+    - {name: fcn, variant: small+abn, widths: [4, 8], norm: inplace_abn}
+  shapes: [16x16x16, {shape: 16x16x21, pad: true}]
+paper:
+  citation: "a paper"
+  unit: GB
+  figures: {small: {16x16x16: 1.5}}
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SUITE)
+    return path
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def predict(suite: Path, *arguments: object) -> Result:
+    return invoke(
+        "run", suite, "--device", "predict", "--results", suite.parent / "results", *arguments
+    )
+
+
+def results_of(suite: Path, card: str = "v100-32gb") -> Path:
+    return suite.parent / "results" / card / "small.predicted.jsonl"
+
+
+def test_a_run_prints_the_table_and_appends_the_records(suite: Path) -> None:
+    result = predict(suite)
+    assert result.exit_code == 0, result.output
+    assert "small+abn" in result.stdout
+    assert "predicted" in result.stdout
+    assert f"records: {results_of(suite)}" in result.stdout
+    records = list(read_records(results_of(suite)))
+    assert sorted(r.case for r in records) == [
+        "fcn/small+abn/16x16x16/train",
+        "fcn/small+abn/16x16x21/train",
+        "fcn/small/16x16x16/train",
+        "fcn/small/16x16x21/train",
+    ]
+    assert {r.shape for r in records} == {(16, 16, 16), (16, 16, 22)}
+    assert all(r.status == "ok" and r.evidence == "predicted" for r in records)
+
+
+FIELDS: dict[str, Any] = {
+    "case": str,
+    "network": str,
+    "variant": str,
+    "techniques": list,
+    "exact": bool,
+    "precision": str,
+    "shape": list,
+    "requested_shape": list,
+    "mode": str,
+    "batch_size": int,
+    "parameters": int,
+    "status": str,
+    "reason": str,
+    "evidence": str,
+    "tracer": str,
+    "card": str,
+    "capped_to": type(None),
+    "capacity_bytes": int,
+    "needs_bytes": int,
+    "peak_requested_bytes": int,
+    "peak_allocated_bytes": int,
+    "peak_reserved_bytes": int,
+    "process_bytes": int,
+    "parts": dict,
+    "uncalibrated": list,
+    "phases": dict,
+    "peak_holders": list,
+    "step_times_s": list,
+    "definition": dict,
+    "environment": dict,
+    "schema_version": int,
+}
+
+
+def test_json_gives_one_record_a_line_with_the_names_that_scripts_rely_on(suite: Path) -> None:
+    result = predict(suite, "--json", "--case", "*/small+abn/16x16x16/*")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    record = json.loads(line)
+    for name, kind in FIELDS.items():
+        assert isinstance(record[name], kind), name
+    assert set(record["parts"]) == {
+        "tensors_bytes",
+        "allocator_bytes",
+        "workspace_bytes",
+        "context_bytes",
+    }
+    assert set(record["phases"]) == {"model", "forward", "backward", "optimizer"}
+    assert set(record["peak_holders"][0]) == {
+        "module",
+        "operator",
+        "source_line",
+        "category",
+        "bytes",
+    }
+    assert record["techniques"] == ["inplace_abn"]
+    assert record["environment"]["suite"] == "small"
+    assert "run" not in result.stdout
+
+
+def test_the_paper_figure_is_in_the_definition_in_bytes(suite: Path) -> None:
+    predict(suite, "--case", "*/small/16x16x16/*")
+    (record,) = read_records(results_of(suite))
+    assert record.definition["paper"] == {"text": "1.5 GB", "relation": "=", "bytes": 1_500_000_000}
+
+
+def test_a_case_can_be_run_again_from_its_record_alone(suite: Path) -> None:
+    from bench.case import Case
+
+    predict(suite, "--case", "*/small/16x16x21/*")
+    (record,) = read_records(results_of(suite))
+    case = Case.from_definition(json.loads(record.to_json())["definition"])
+    assert (case.name, case.shape) == (record.case, (16, 16, 22))
+    assert case.to_definition() == record.definition
+
+
+def test_a_glob_also_matches_the_padded_shape(suite: Path) -> None:
+    result = predict(suite, "--json", "--case", "*/16x16x22/*")
+    assert [json.loads(line)["case"] for line in result.stdout.splitlines()] == [
+        "fcn/small/16x16x21/train",
+        "fcn/small+abn/16x16x21/train",
+    ]
+
+
+def test_resume_runs_only_what_is_missing(suite: Path) -> None:
+    predict(suite, "--case", "*/small/*")
+    before = results_of(suite).read_text().splitlines()
+    assert len(before) == 2
+    result = predict(suite, "--resume", "--json")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 4
+    after = results_of(suite).read_text().splitlines()
+    assert after[:2] == before
+    assert [json.loads(line)["variant"] for line in after[2:]] == ["small+abn", "small+abn"]
+    again = predict(suite, "--resume")
+    assert again.exit_code == 0
+    assert results_of(suite).read_text().splitlines() == after
+
+
+def test_resume_after_a_line_that_was_cut_off_runs_that_case_again(suite: Path) -> None:
+    predict(suite)
+    path = results_of(suite)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:200])
+    assert predict(suite, "--resume").exit_code == 0
+    assert len({r.case for r in read_records(path)}) == 4
+
+
+def test_another_card_gets_its_own_file_and_capacity(suite: Path) -> None:
+    predict(suite, "--card", "rtx4090-24gb", "--case", "*/small/16x16x16/*")
+    (record,) = read_records(results_of(suite, "rtx4090-24gb"))
+    assert record.card == "rtx4090-24gb"
+    assert record.capacity_bytes is not None
+    assert 22 * 2**30 < record.capacity_bytes < 24 * 2**30
+
+
+def test_a_case_that_cannot_be_run_is_recorded_and_exits_1(suite: Path) -> None:
+    """One voxel a channel: batch norm has no variance there, which only the step itself finds."""
+    text = SUITE.replace("[16x16x16, {shape: 16x16x21, pad: true}]", "[16x16x16]").replace(
+        "widths: [4, 8]}", "widths: [4, 8]}\n    - {name: fcn, variant: deep, levels: 5}"
+    )
+    suite.write_text(text)
+    result = predict(suite)
+    records = {r.variant: r for r in read_records(results_of(suite))}
+    assert result.exit_code == 1
+    assert records["deep"].status == "failed"
+    assert "more than 1 value per channel" in records["deep"].reason
+    assert records["small"].status == "ok"
+    assert "fcn/deep/16x16x16/train: failed" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--card", "v100-33gb"], "v100-32gb"),
+        (["--case", "nothing*"], "nothing*"),
+        (["--volumes", "no-such-folder"], "no-such-folder"),
+        (["--spacing", "1,1"], "spacing"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(
+    suite: Path, arguments: list[str], message: str
+) -> None:
+    result = predict(suite, *arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert result.stdout == ""
+    assert not (suite.parent / "results").exists()
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_line(suite: Path) -> None:
+    (suite.parent / "results").write_text("a file")
+    result = predict(suite)
+    assert result.exit_code == 2
+    assert "cannot write results" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_cuda_where_there_is_none_is_one_line(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = invoke("run", suite, "--device", "cuda")
+    assert result.exit_code == 2
+    assert "--device predict" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_unknown_suite_offers_the_shipped_ones() -> None:
+    result = invoke("run", "tabel1", "--device", "predict")
+    assert result.exit_code == 2
+    assert "table1" in result.stderr
+
+
+def test_errors_are_not_folded_when_piped(suite: Path) -> None:
+    """A real process with pipes, in a narrow terminal's environment."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "run", str(suite), "--card", "x" * 150],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "40"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    script = (
+        "import sys, bench.cli; "
+        "print([m for m in ('torch', 'pandas', 'matplotlib', 'pydantic', 'nibabel') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
