@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -37,7 +38,7 @@ class Child:
     """
 
     def __init__(self, module: str, environment: dict[str, str] | None = None) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         self._unread = b""
         path = os.pathsep.join(p for p in (str(_SOURCE_ROOT), os.environ.get("PYTHONPATH")) if p)
         self._process = subprocess.Popen(
@@ -85,10 +86,8 @@ class Child:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):  # bytes that a dead child won't read
                     stream.close()
-                except BrokenPipeError:
-                    pass  # bytes that a dead child will not read
         self._log.close()
 
     def _read_reply(self, limit_s: float) -> dict[str, Any]:

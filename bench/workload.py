@@ -136,11 +136,14 @@ def _build_model(case: Case, techniques: list[tuple[Technique, Any]]) -> nn.Modu
 def _build_optimizer(
     case: Case, model: nn.Module, techniques: list[tuple[Technique, Any]]
 ) -> torch.optim.Optimizer:
+    kind: type[torch.optim.Optimizer]
     kind, defaults = _find(OPTIMIZERS, case.optimizer, "optimizer")
     options = {**defaults, **case.optimizer_options}
     if options.get("fused"):  # torch refuses both at once
         options.pop("foreach", None)
-    optimizer = kind((p for p in model.parameters() if p.requires_grad), **options)
+    optimizer: torch.optim.Optimizer = kind(
+        (p for p in model.parameters() if p.requires_grad), **options
+    )
     for technique, technique_options in techniques:
         optimizer = technique.optimizer(optimizer, model, technique_options)
     return optimizer

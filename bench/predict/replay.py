@@ -168,6 +168,8 @@ class _Replayer:
 
     def _allocate(self, event: TraceEvent, number: int) -> None:
         allocator, new = self.allocator, self._new
+        if number == 0 and self._take_first_segment(event):
+            return
         if new:
             self._modes[event.pool_id] = new[-1].kind == "segment_map"
             self._front = _likelier_start(new[0], event, self._known_starts)
@@ -190,6 +192,21 @@ class _Replayer:
         else:
             self._missed_in_a_row += 1
             self._settle_miss(event, number, block)
+
+    def _take_first_segment(self, event: TraceEvent) -> bool:
+        """Put the trace's first block into a segment that may have been made for it.
+
+        A history cut between the two does not show that no search came before, and a search
+        refuses what a new segment allows.
+        """
+        head = self.allocator.segments.get(event.address)
+        if head is None or not head.is_releasable or head.size < event.size:
+            return False
+        block = self._allocate_there(event)
+        if block is not None:
+            self.exact += 1
+            self.live.add(event.address, block)
+        return block is not None
 
     def _settle_miss(self, event: TraceEvent, number: int, block: Block | None) -> None:
         """Go on after an allocation that fell elsewhere than recorded."""

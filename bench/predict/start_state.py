@@ -53,7 +53,7 @@ class _Rewind:
         self.pages: dict[_Key, list[list[int]]] = {}  # mapped [start, end) by pool
         self.repairs = 0
         self._addresses = AddressUse(events)
-        self._anchors = _page_anchors(final, events)
+        self._maps = _PageMaps(final, events)
         for segment in final:
             if segment.expandable:
                 key = (segment.stream, segment.small, segment.pool_id)
@@ -78,10 +78,10 @@ class _Rewind:
                     pool_id=event.pool_id,
                 )
             case "segment_map":
-                pages = self.pages.get(self._key(event), [])
+                pages = self.pages.get(self._key(event, number), [])
                 _subtract(pages, event.address, event.address + event.size)
             case "segment_unmap":
-                pages = self.pages.setdefault(self._key(event), [])
+                pages = self.pages.setdefault(self._key(event, number), [])
                 _add(pages, event.address, event.address + event.size)
 
     def _remove_block(self, event: TraceEvent, number: int) -> None:
@@ -102,14 +102,14 @@ class _Rewind:
         if alike:
             del self.live[min(alike)[2]]
 
-    def _key(self, event: TraceEvent) -> _Key:
+    def _key(self, event: TraceEvent, number: int) -> _Key:
         """Say which pool pages belong to: the events do not tell small from large."""
-        large_page = self.settings.large_segment_size_bytes
-        anchors = self._anchors.get((event.stream, event.pool_id))
-        if event.kind == "segment_map" or event.size % large_page or not anchors:
-            small = event.size == _SMALL_SEGMENT_BYTES or event.size % large_page != 0
-        else:  # each pool's pages lie in one long stretch of addresses
-            small = min(anchors, key=lambda anchor: abs(anchor[0] - event.address))[1]
+        if event.size % self.settings.large_segment_size_bytes:
+            small = True
+        elif event.kind == "segment_map":  # a small request maps one small page, never so many
+            small = False
+        else:
+            small = self._maps.last_was_small(event, number)
         return event.stream, small, event.pool_id
 
     def segments(self) -> tuple[RecordedSegment, ...]:
@@ -155,21 +155,36 @@ def _filled(
     return filled
 
 
-def _page_anchors(
-    final: Sequence[RecordedSegment], events: Sequence[TraceEvent]
-) -> dict[tuple[int, PoolId], list[tuple[int, bool]]]:
-    """Return, by stream and pool, addresses whose pool's size class is sure."""
-    anchors: dict[tuple[int, PoolId], list[tuple[int, bool]]] = {}
-    for segment in final:
-        if segment.expandable:
-            place = anchors.setdefault((segment.stream, segment.pool_id), [])
-            place.append((segment.address, segment.small))
-    for event in events:
-        if event.kind == "segment_map":
-            # A small request maps one small page, and no large page is that small.
-            small = event.size == _SMALL_SEGMENT_BYTES
-            anchors.setdefault((event.stream, event.pool_id), []).append((event.address, small))
-    return anchors
+class _PageMaps:
+    """Who mapped pages at an address: its pool's size class, as far as the trace shows it."""
+
+    def __init__(self, final: Sequence[RecordedSegment], events: Sequence[TraceEvent]) -> None:
+        self._maps: dict[tuple[int, PoolId], list[tuple[int, TraceEvent]]] = {}
+        self._final: dict[tuple[int, PoolId], list[RecordedSegment]] = {}
+        for number, event in enumerate(events):
+            if event.kind == "segment_map":
+                self._maps.setdefault((event.stream, event.pool_id), []).append((number, event))
+        for segment in final:
+            if segment.expandable:
+                self._final.setdefault((segment.stream, segment.pool_id), []).append(segment)
+
+    def last_was_small(self, event: TraceEvent, number: int) -> bool:
+        """Whether the pages that event ``number`` unmaps are small ones.
+
+        They are as when they were mapped; if that was before the trace, as the nearest pages
+        known, since each pool's pages lie in one long stretch of addresses.
+        """
+        maps = self._maps.get((event.stream, event.pool_id), [])
+        for mapped_at, one in reversed(maps):
+            if mapped_at < number and one.address <= event.address < one.address + one.size:
+                return one.size == _SMALL_SEGMENT_BYTES
+        final = self._final.get((event.stream, event.pool_id), [])
+        known = [(abs(s.address - event.address), s.small) for s in final]
+        known += [
+            (abs(one.address - event.address), one.size == _SMALL_SEGMENT_BYTES)
+            for _, one in maps
+        ]
+        return min(known)[1] if known else False
 
 
 def _add(stretches: list[list[int]], start: int, end: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +115,23 @@ def test_a_part_past_its_limit_is_ended(tmp_path: Path) -> None:
 
     assert outcome.exit_code == -9
     assert outcome.seconds < 30
+
+
+def test_a_part_whose_log_cannot_be_written_is_not_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def remembered(*positional: Any, **named: Any) -> subprocess.Popen[str]:
+        started.append(popen(*positional, **named))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", remembered)
+
+    with pytest.raises(IsADirectoryError):
+        run_part(python("p", "import time; time.sleep(60)"), tmp_path)
+    assert [process.poll() for process in started] == [-9]
 
 
 @pytest.fixture

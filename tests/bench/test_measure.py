@@ -214,6 +214,16 @@ def test_pythons_cycle_collector_rests_while_it_measures(
     assert gc.isenabled()
 
 
+def test_the_workload_is_built_on_the_gpu(cuda: FakeCuda, scripted: Scripted) -> None:
+    cuda.device = torch.device("meta")
+    seen: list[torch.device] = []
+    scripted(lambda _: seen.append(torch.get_default_device()))
+
+    measure(case(), cuda)
+
+    assert {device.type for device in seen} == {"meta"}
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_cudnn_benchmark_is_what_the_case_says(
     cuda: FakeCuda, scripted: Scripted, monkeypatch: pytest.MonkeyPatch, asked: bool
@@ -274,20 +284,22 @@ def test_out_of_memory_keeps_the_peaks_reached_so_far(cuda: FakeCuda, scripted: 
 
 
 @pytest.mark.parametrize(
-    "message",
+    "error",
     [
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`",
-        "CUDA driver error: out of memory",
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("CUDA driver error: out of memory"),
+        torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory"),
     ],
+    ids=str,
 )
-def test_libraries_that_say_they_got_no_memory_are_out_of_memory(
-    cuda: FakeCuda, scripted: Scripted, message: str
+def test_whoever_says_it_got_no_memory_is_out_of_memory(
+    cuda: FakeCuda, scripted: Scripted, error: RuntimeError
 ) -> None:
     def script(phase: str) -> None:
         if phase == "backward":
-            raise RuntimeError(message)
+            raise error
 
     scripted(script)
 
@@ -295,7 +307,7 @@ def test_libraries_that_say_they_got_no_memory_are_out_of_memory(
 
     assert readings["status"] == "oom"
     assert readings["reason"].startswith("out of memory in backward of step 1: ")
-    assert message.splitlines()[0] in readings["reason"]
+    assert str(error).splitlines()[0] in readings["reason"]
     assert "\n" not in readings["reason"]
 
 

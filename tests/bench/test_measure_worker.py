@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from bench.case import Case
 from bench.cuda import TorchCuda
 from bench.errors import MembenchError
 from bench.gpu import GpuIdentity, gpu_identity
+from bench.record import Environment, read_records
+from bench.runner import Backend, Run, run_cases
 from bench.units import MIB
 from tests.bench.fake_cuda import UUID, FakeCuda
 
@@ -162,6 +166,41 @@ def test_the_identity_is_what_the_child_says(monkeypatch: pytest.MonkeyPatch) ->
         name="NVIDIA H200", uuid=UUID, memory_bytes=150109945856, card="h200-141gb"
     )
     assert closed == ["closed"]
+
+
+def test_a_measured_case_becomes_a_record_on_disk(tmp_path: Path) -> None:
+    """Child, worker, readings, runner and record together; only the GPU is a stand-in."""
+    options = {"base_width": 4, "levels": 2}
+    small = dataclasses.replace(CASE, network_options=options, timed_steps=1)
+    too_large = dataclasses.replace(small, variant="oom", batch_size=2)
+    backend = Backend(
+        evidence="measured",
+        module="tests.bench.fake_measure_worker",
+        card="test-1gb",
+        workers=1,
+        reuse=False,
+    )
+    path = tmp_path / "t.jsonl"
+
+    run_cases(
+        Run(
+            cases=(small, too_large),
+            backend=backend,
+            environment=Environment(membench="0"),
+            path=path,
+        ),
+        lambda _: None,
+    )
+
+    ok, oom = read_records(path)
+    assert (ok.status, ok.reason, ok.evidence) == ("ok", "", "measured")
+    assert (ok.environment.gpu, ok.environment.gpu_uuid) == ("NVIDIA Test", UUID)
+    assert ok.process_bytes is not None
+    assert list(ok.phases) == ["model", "forward", "backward", "optimizer"]
+    assert len(ok.step_times_s) == 1
+    assert ok.tracer is None
+    assert (oom.status, oom.process_bytes) == ("oom", None)
+    assert "out of memory in forward of step 1" in oom.reason
 
 
 # -- torch's own CUDA interface, as this module calls it ------------------------------------------

@@ -227,6 +227,21 @@ def test_a_report_is_written_over_an_older_one(tmp_path: Path) -> None:
     assert write_report([make_record()], tmp_path).read_text().startswith("# table1\n")
 
 
+def test_a_file_comes_to_its_place_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written beside it and renamed, so that a kill in mid-write cuts no report in two."""
+    written: list[str] = []
+    write_bytes = Path.write_bytes
+
+    def noted(path: Path, data: bytes) -> int:
+        written.append(path.name)
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", noted)
+    assert write_report([make_record()], tmp_path).exists()
+    assert len(written) == 3
+    assert all(name.endswith(".tmp") for name in written)
+
+
 def test_a_suite_s_name_cannot_leave_the_folder(tmp_path: Path) -> None:
     record = make_record(environment={"suite": "../../evil name.yaml"})
     assert write_report([record], tmp_path / "r") == tmp_path / "r" / "evil-name.md"
@@ -254,7 +269,6 @@ def test_a_report_that_cannot_be_finished_leaves_nothing(
     write_bytes = Path.write_bytes
 
     def full(path: Path, data: bytes) -> int:
-        assert path.name.endswith(".tmp")  # a kill in mid-write must not cut a report in two
         if path.name.startswith(".table1.v100-32gb.predicted.svg"):
             write_bytes(path, data[:10])
             raise OSError(28, "No space left on device")

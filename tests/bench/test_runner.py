@@ -122,7 +122,8 @@ def test_progress_hears_of_the_beginning_and_the_end_of_each_case(tmp_path: Path
     heard: list[tuple[str, str | None]] = []
 
     def hear(progress: Progress) -> None:
-        heard.append((progress.case.variant, progress.record and progress.record.status))
+        record = progress.record
+        heard.append((progress.case.variant, record.status if record else None))
 
     run_cases(run_of(tmp_path / "s.jsonl", "a", "oom"), hear)
     assert heard == [("a", None), ("a", "ok"), ("oom", None), ("oom", "oom")]
@@ -140,7 +141,7 @@ def test_an_error_of_the_caller_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MembenchError, match="cannot write results to .*--results"):
+    with pytest.raises(MembenchError, match=r"cannot write results to .*--results"):
         run_cases(run_of(tmp_path / "file" / "s.jsonl", "exit"), ignore)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import bench
 from bench.case import Case, PaperFigure, TechniqueUse
 from bench.errors import MembenchError, SuiteError
 from bench.suite import Suite, load_suite, shipped_suites
+from memsave.networks import NETWORKS
 from tests.bench.suite_files import GOOD, load, with_row
 
 SUITES = Path(__file__).resolve().parents[2] / "suites"
@@ -314,3 +316,39 @@ def test_asking_which_suites_there_are_needs_neither_torch_nor_volumes_code() ->
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_two_networks_may_share_a_variant_if_figures_say_whose_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "twin", NETWORKS["fcn"])
+    two = GOOD.replace(
+        "{name: fcn, variant: small, block: ccblock}", "{name: twin, variant: baseline}"
+    )
+    paper = "paper: {citation: c, unit: GB, figures: {FIGURES}}\n"
+    with pytest.raises(SuiteError) as error:
+        load(tmp_path, two + paper.replace("FIGURES", "baseline: {96x96x96: 1}"))
+    assert str(error.value).endswith(
+        ", line 10: paper.figures.baseline: which network's figure is it? "
+        "write 'fcn/baseline' or 'twin/baseline'"
+    )
+    suite = load(tmp_path, two + paper.replace("FIGURES", "twin/baseline: {96x96x96: 1}"))
+    assert [c.name for c in suite.cases() if c.paper] == ["twin/baseline/96x96x96/train"]
+    fewer = load(tmp_path, two + "exclude: [{network: 'tw*', shape: 96x96x96}]\n")
+    assert [c.network for c in fewer.cases()] == ["fcn", "fcn", "twin"]
+
+
+def test_a_network_for_slices_takes_two_sides_and_no_volumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = dataclasses.replace(NETWORKS["fcn"], spatial_dims=2, divisor=lambda _options: (8, 4))
+    monkeypatch.setitem(NETWORKS, "flat", flat)
+    content = "title: T\nmatrix: {networks: [{name: flat, variant: x}], shapes: [SHAPE]}\n"
+    suite = load(tmp_path, content.replace("SHAPE", "{shape: 300x90, crop: 256x256, pad: true}"))
+    assert [c.shape for c in suite.cases()] == [(256, 92)]
+    volume(tmp_path / "v/a.nii", (10, 12, 45))
+    with pytest.raises(SuiteError) as error:
+        suite.cases(volumes=tmp_path / "v")
+    assert str(error.value) == (
+        f"suite s cannot run at the shapes of {tmp_path / 'v'}: 10x12x45 has 3 sides, flat takes 2"
+    )

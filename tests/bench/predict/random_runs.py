@@ -36,6 +36,7 @@ class Setup:
             max_rounding=s.max_non_split_rounding_bytes,
             gc_threshold=s.garbage_collection_threshold,
             allowed=int(s.per_process_memory_fraction * (total or 0)) if shared else None,
+            fraction=s.per_process_memory_fraction,
             divisions=s.roundup_power2_divisions,
             expandable=s.expandable_segments,
             large_segment=s.large_segment_size_bytes,

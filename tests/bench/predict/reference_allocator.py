@@ -54,6 +54,7 @@ class ReferenceAllocator:
     max_rounding: int = 20 * MIB
     gc_threshold: float = 0.0
     allowed: int | None = None
+    fraction: float = 1.0  # only told; ``allowed`` acts
     divisions: tuple[int, ...] = ()
     expandable: bool = False
     large_segment: int = 20 * MIB
@@ -393,6 +394,8 @@ class ReferenceAllocator:
             conf.append(f"large_segment_size_mb:{self.large_segment // MIB}")
         if self.max_rounding != 20 * MIB:
             conf.append(f"max_non_split_rounding_mb:{self.max_rounding // MIB}")
+        if self.fraction != 1.0:
+            conf.append(f"per_process_memory_fraction:{self.fraction}")
         divisions = self.divisions or (0,) * 16
         return {
             "PYTORCH_CUDA_ALLOC_CONF": ",".join(conf),

@@ -150,7 +150,8 @@ def test_what_a_checkpoint_recomputes_is_attributed_to_its_modules() -> None:
     trace = traced(step)
     start = trace.events.index(("phase", "backward"))
     recomputed = [trace.sites[e[1]] for e in trace.events[start:] if e[0] == "alloc"]
-    assert [s for s in recomputed if s.operator == "aten.convolution.default"][0].module == "inner"
+    convolution = next(s for s in recomputed if s.operator == "aten.convolution.default")
+    assert convolution.module == "inner"
 
 
 def test_a_value_read_in_the_step_is_an_error_that_names_its_line() -> None:
@@ -180,7 +181,7 @@ def test_the_one_read_of_grad_scaler_is_answered_with_no_infinities() -> None:
     def step(_: Tracer) -> None:
         weight = nn.Parameter(torch.ones(100))
         scaler = torch.amp.GradScaler("cpu")
-        scaler.scale((weight * 2).sum()).backward()
+        scaler.scale((weight * 2).sum()).backward()  # type: ignore[no-untyped-call]
         scaler.step(Counting([weight], lr=0.1, foreach=True))
         scaler.update()
 
@@ -190,13 +191,13 @@ def test_the_one_read_of_grad_scaler_is_answered_with_no_infinities() -> None:
 
 def test_a_read_inside_the_optimizer_that_grad_scaler_calls_is_still_an_error() -> None:
     class Reading(torch.optim.SGD):
-        def step(self, closure: None = None) -> None:  # type: ignore[override]
+        def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
             self.param_groups[0]["params"][0].sum().item()
 
     def step(_: Tracer) -> None:
         weight = nn.Parameter(torch.ones(100))
         scaler = torch.amp.GradScaler("cpu")
-        scaler.scale((weight * 2).sum()).backward()
+        scaler.scale((weight * 2).sum()).backward()  # type: ignore[no-untyped-call]
         scaler.step(Reading([weight], lr=0.1))
 
     with pytest.raises(TraceError, match=r"\.item\(\)"):
