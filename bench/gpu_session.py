@@ -101,7 +101,7 @@ def run_part(part: Part, log: Path, limit_s: float | None = None, root: Path = R
         timer.start()
     try:
         assert process.stdout is not None
-        with log.open("w") as file, process.stdout:
+        with process.stdout, log.open("w") as file:
             for line in process.stdout:
                 print(line, end="", flush=True)
                 file.write(line)

@@ -1,7 +1,7 @@
 """A case made runnable: model, loss, optimizer and batch, and the step that uses them.
 
-One code for real and for fake tensors: it runs on whatever device is the default one when it is
-built, so what is predicted is what is measured.
+One code for real and for fake tensors: it runs on whatever device it is built
+on, so what is predicted is what is measured.
 """
 
 from __future__ import annotations
@@ -81,14 +81,17 @@ class Workload:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def build_workload(case: Case, mark: Mark) -> Workload:
-    """Build the model, the optimizer and a random batch on the default device.
+def build_workload(case: Case, mark: Mark, device: str) -> Workload:
+    """Build the model, the optimizer and a random batch on ``device``, "cuda:0" or "cpu".
 
+    Modules are made there rather than moved. The steps then run outside of any device scope, as
+    a training script's do: an optimizer keeps its step counters on the CPU.
     Raises MembenchError where the case names what does not exist or cannot be combined.
     """
     mark("model")
     try:
-        return _build(case)
+        with torch.device(device):
+            return _build(case)
     except MemsaveError as error:
         raise MembenchError(str(error)) from error
 
@@ -150,7 +153,7 @@ def _build_optimizer(
 
 
 def technique_names(case: Case) -> tuple[str, ...]:
-    """Return the techniques in use: those named, and options that name one (``norm: inplace_abn``)."""
+    """Return the techniques in use: those named, and options that name one (as a norm may)."""
     from memsave.techniques import TECHNIQUES
 
     named = [use.name for use in case.techniques]

@@ -12,7 +12,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="membench",
-    help="GPU memory benchmarks for 3D segmentation networks: measured on a GPU, predicted without.",
+    help="GPU memory benchmarks for 3D networks: measured on a GPU, predicted without one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

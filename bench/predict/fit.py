@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.predict.allocator import Block, CachingAllocator, OutOfMemory
-from bench.predict.recorded_state import LiveBlocks, above_all, first_modes, restore_state
+from bench.predict.recorded_state import LiveBlocks, Placement, first_modes, restore_state
 from bench.predict.trace import Trace, TraceEvent
 
 __all__ = ["Fit", "fit"]
@@ -34,11 +34,12 @@ def fit(trace: Trace, capacity_bytes: int, device_total_bytes: int | None = None
     is then taken to be freed at once. Caches that the program emptied are emptied here; releases
     under pressure are the simulator's own.
     """
+    placement = Placement(trace)
     allocator = CachingAllocator(
         capacity_bytes,
         trace.settings,
         device_total_bytes=device_total_bytes,
-        place_segment=above_all(trace),
+        place_segment=lambda size, _pool, _stream: placement(allocator, size),
     )
     live = restore_state(allocator, trace)
     if allocator.reserved_bytes > capacity_bytes:
@@ -46,7 +47,7 @@ def fit(trace: Trace, capacity_bytes: int, device_total_bytes: int | None = None
         allocator.reset_peaks()
     oom_at_event = 0 if allocator.reserved_bytes > capacity_bytes else None
     if oom_at_event is None:
-        oom_at_event = _first_failure(allocator, live, trace)
+        oom_at_event = _first_failure(allocator, live, placement, trace)
     return Fit(
         fits=oom_at_event is None,
         oom_at_event=oom_at_event,
@@ -54,7 +55,9 @@ def fit(trace: Trace, capacity_bytes: int, device_total_bytes: int | None = None
     )
 
 
-def _first_failure(allocator: CachingAllocator, live: LiveBlocks, trace: Trace) -> int | None:
+def _first_failure(
+    allocator: CachingAllocator, live: LiveBlocks, placement: Placement, trace: Trace
+) -> int | None:
     modes = first_modes(trace)
     emptied = _emptied_by_program(trace)
     waiting: dict[int, list[Block]] = {}
@@ -65,12 +68,14 @@ def _first_failure(allocator: CachingAllocator, live: LiveBlocks, trace: Trace) 
                 block = allocator.malloc(event.size, event.stream, event.pool_id)
             except OutOfMemory:
                 return event.place
+            placement.expected = None
             if event.kind == "oom":
                 allocator.free(block)
             elif block is not None:
                 live.add(event.address, block)
         elif event.kind in _NEW:
             modes[event.pool_id] = event.kind == "segment_map"
+            placement.expect(event)
         elif place in emptied:
             allocator.empty_cache()
         else:

@@ -10,13 +10,14 @@ from bench.case import Case
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import SimulationResult, needs_bytes, simulate
 from bench.predict.cards import Card
-from bench.predict.tracer import Trace, Tracer, fake_device
+from bench.predict.tracer import Trace, Tracer
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
 from bench.record import Holder, Parts, Peaks
 from bench.units import format_bytes
 
 __all__ = ["peak_holders", "predict", "trace_case"]
 
+_DEVICES = {"cuda": "cuda:0", "cpu": "cpu"}  # fake tensors know no "cuda" without an index
 _SMALL_HOLDER_BYTES = 2**20  # holders below are added up by category
 
 
@@ -25,12 +26,14 @@ def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
 
     Raises TraceError when the step does what fake tensors cannot follow.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     from bench.workload import build_workload
 
-    with fake_device(device_type):
+    with FakeTensorMode():
         tracer = Tracer(device_type)
         with tracer.attributing(), tracer:
-            workload = build_workload(case, tracer.phase)
+            workload = build_workload(case, tracer.phase, _DEVICES[device_type])
             tracer.name_modules(workload.model)
             model = workload.model
             tracer.categorise((t for t in (*model.parameters(), *model.buffers())), "parameter")

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from bench.predict.allocator import (
     Block,
     CachingAllocator,
-    PlaceSegment,
     PoolId,
-    PoolName,
     restore_range,
     restore_segment,
 )
-from bench.predict.trace import RecordedSegment, Trace
+from bench.predict.trace import RecordedSegment, Trace, TraceEvent
 from bench.units import GIB, MIB
 
-__all__ = ["LiveBlocks", "above_all", "first_modes", "restore_state"]
+__all__ = ["LiveBlocks", "Placement", "first_modes", "restore_state"]
 
 _RANGE_BYTES = 1 << 44  # of an expandable segment: more than any card's, and it need not be exact
 _SMALL_PAGE_BYTES = 2 * MIB
@@ -88,19 +86,34 @@ def restore_state(allocator: CachingAllocator, trace: Trace) -> LiveBlocks:
     return live
 
 
-def above_all(trace: Trace) -> PlaceSegment:
-    """Return a way to place segments: upwards, above all addresses of the trace."""
-    highest = max((segment.end for segment in trace.segments), default=0)
-    highest = max(highest, max((e.address + e.size for e in trace.events), default=0))
-    following = -(-highest // GIB) * GIB + _RANGE_BYTES
+class Placement:
+    """Where segments go: where the trace put one of that size at that moment, else elsewhere.
 
-    def place(size: int, _pool: PoolName, _stream: int) -> int:
-        nonlocal following
-        address = following
-        following += -(-size // GIB) * GIB
+    ``expected`` is the trace's segment event that the next new segment answers to, ``front`` its
+    address.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        highest = max((segment.end for segment in trace.segments), default=0)
+        highest = max(highest, max((e.address + e.size for e in trace.events), default=0))
+        self._above_all = -(-highest // GIB) * GIB + _RANGE_BYTES
+        self.expected: TraceEvent | None = None
+        self.front = 0
+
+    def expect(self, event: TraceEvent, front: int | None = None) -> None:
+        """Note that the trace makes a segment, or maps pages, for the next allocation."""
+        self.expected = event
+        self.front = event.address if front is None else front
+
+    def __call__(self, allocator: CachingAllocator, size: int) -> int:
+        """Return the address for a new segment, or for the range of an expandable one."""
+        event = self.expected
+        free = self.front not in allocator.segments
+        if event is not None and free and (event.kind == "segment_map" or event.size == size):
+            return self.front
+        address = self._above_all
+        self._above_all += -(-size // GIB) * GIB
         return address
-
-    return place
 
 
 def first_modes(trace: Trace) -> dict[PoolId, bool]:

@@ -21,11 +21,10 @@ from bench.predict.allocator import (
     Block,
     CachingAllocator,
     OutOfMemory,
-    PoolName,
     allocate_at,
 )
 from bench.predict.fit import fit
-from bench.predict.recorded_state import above_all, first_modes, restore_state
+from bench.predict.recorded_state import Placement, first_modes, restore_state
 from bench.predict.trace import AddressUse, Trace, TraceEvent
 from bench.units import MIB
 
@@ -109,17 +108,20 @@ class _Replayer:
         self.allocations = self.exact = 0
         # Without a share of the memory there is no garbage collection: when it ran is recorded.
         settings = replace(trace.settings, per_process_memory_fraction=1.0)
-        self.allocator = CachingAllocator(None, settings, place_segment=self._place)
+        self._placement = Placement(trace)
+        self.allocator = CachingAllocator(
+            None,
+            settings,
+            place_segment=lambda size, _pool, _stream: self._placement(self.allocator, size),
+        )
         self.live = restore_state(self.allocator, trace)
-        self._elsewhere = above_all(trace)
         self._known_starts = trace.end_addresses | {
             event.address for event in trace.events if event.kind == "segment_free"
         }
         self._modes = first_modes(trace)
         self._new: list[TraceEvent] = []  # made by the trace, not yet used by an allocation
-        self._front = 0  # where the first of them is taken to start
         self._releases: list[TraceEvent] = []
-        self._after_wait = False  # the releases followed frees that had waited for a stream
+        self._unsearched = False  # a retry may find in the cache what its search had not
         self._partial = _releases_partially(trace)
         self._addresses = AddressUse(trace.events)
         self._lost_frees = 0  # frees that no block could be found for
@@ -127,11 +129,13 @@ class _Replayer:
 
     def run(self) -> None:
         before: TraceEvent | None = None
+        trace_refuses = self.trace.settings.max_split_size_bytes is not None
         for number, event in enumerate(self.trace.events):
             if event.kind in _RELEASES:
                 self._use_up_new()
                 if not self._releases:
-                    self._after_wait = before is not None and before.kind == "free_completed"
+                    waited = before is not None and before.kind == "free_completed"
+                    self._unsearched = waited or trace_refuses
                 self._releases.append(event)
             else:
                 self._release()
@@ -139,7 +143,7 @@ class _Replayer:
                     self._new.append(event)
                 else:
                     self._allocate_or_free(event, number)
-                    self._after_wait = False
+                    self._unsearched = False
             before = event
         self._release()
         self._use_up_new()
@@ -172,12 +176,13 @@ class _Replayer:
             return
         if new:
             self._modes[event.pool_id] = new[-1].kind == "segment_map"
-            self._front = _likelier_start(new[0], event, self._known_starts)
+            self._placement.expect(new[0], _likelier_start(new[0], event, self._known_starts))
         default = self.trace.settings.expandable_segments
         allocator.expandable = self._modes.get(event.pool_id, default)
         reserved = allocator.reserved_bytes
-        # A retry, after its wait, does not search again, whatever the wait has set free.
-        search = not (self._after_wait and new)
+        # A retry does not search again, whatever its wait for other streams has set free and
+        # whatever its releases have made small enough for ``max_split_size``.
+        search = not (self._unsearched and new)
         try:
             block = allocator.malloc(event.size, event.stream, event.pool_id, search=search)
         except OutOfMemory:  # only for sizes beyond any card's address space
@@ -232,14 +237,6 @@ class _Replayer:
     def _allocate_there(self, event: TraceEvent) -> Block | None:
         return allocate_at(self.allocator, event.address, event.size, event.stream, event.pool_id)
 
-    def _place(self, size: int, pool: PoolName, stream: int) -> int:
-        """Tell the simulator where the trace put the segment it is making."""
-        if self._new and self._front not in self.allocator.segments:
-            hint = self._new[0]
-            if hint.kind == "segment_map" or hint.size == size:
-                return self._front
-        return self._elsewhere(size, pool, stream)
-
     def _use_up_new(self) -> None:
         """Make the segments that the trace made and the simulator did not, as cache.
 
@@ -257,6 +254,7 @@ class _Replayer:
                 block = self.allocator.add_segment(event.address, event.size, event.stream, pool)
                 pool.add(block)
         self._new = []
+        self._placement.expected = None
 
     def _release(self) -> None:
         """Give back what the trace gave back.

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from bench.predict.alloc_conf import AllocatorSettings
-from bench.predict.allocator import PoolId, round_size
+from bench.predict.allocator import LARGEST_SMALL_BYTES, PoolId, round_size
 from bench.predict.trace import AddressUse, RecordedSegment, TraceEvent
 from bench.units import MIB
 
 __all__ = ["settle_blocks", "state_at_start"]
 
 _SMALL_SEGMENT_BYTES = 2 * MIB  # no large segment is that small
-_LARGEST_SLACK_BYTES = MIB  # what a large block may keep without being split
+_LARGEST_SLACK_BYTES = LARGEST_SMALL_BYTES  # what a large block may keep without being split
 _MAX_REPAIRS = 256  # each looks at every block alive
 _Key = tuple[int, bool, PoolId]  # stream, small, pool
 
@@ -53,7 +53,7 @@ class _Rewind:
         self.pages: dict[_Key, list[list[int]]] = {}  # mapped [start, end) by pool
         self.repairs = 0
         self._addresses = AddressUse(events)
-        self._maps = _PageMaps(final, events)
+        self._page_classes = _PageClasses(final, events)
         for segment in final:
             if segment.expandable:
                 key = (segment.stream, segment.small, segment.pool_id)
@@ -109,7 +109,7 @@ class _Rewind:
         elif event.kind == "segment_map":  # a small request maps one small page, never so many
             small = False
         else:
-            small = self._maps.last_was_small(event, number)
+            small = self._page_classes.were_small(event, number)
         return event.stream, small, event.pool_id
 
     def segments(self) -> tuple[RecordedSegment, ...]:
@@ -155,36 +155,53 @@ def _filled(
     return filled
 
 
-class _PageMaps:
-    """Who mapped pages at an address: its pool's size class, as far as the trace shows it."""
+class _PageClasses:
+    """Whether pages are small or large ones, as far as the trace shows it."""
 
     def __init__(self, final: Sequence[RecordedSegment], events: Sequence[TraceEvent]) -> None:
-        self._maps: dict[tuple[int, PoolId], list[tuple[int, TraceEvent]]] = {}
-        self._final: dict[tuple[int, PoolId], list[RecordedSegment]] = {}
-        for number, event in enumerate(events):
-            if event.kind == "segment_map":
-                self._maps.setdefault((event.stream, event.pool_id), []).append((number, event))
-        for segment in final:
-            if segment.expandable:
-                self._final.setdefault((segment.stream, segment.pool_id), []).append(segment)
+        self._maps = [(n, event) for n, event in enumerate(events) if event.kind == "segment_map"]
+        self._ranges = [segment for segment in final if segment.expandable]
+        kinds = ("alloc", "free", "free_completed") if self._maps or self._ranges else ()
+        self._uses = sorted(
+            (event.address, n, event.size <= LARGEST_SMALL_BYTES)
+            for n, event in enumerate(events)
+            if event.kind in kinds and event.size
+        )
 
-    def last_was_small(self, event: TraceEvent, number: int) -> bool:
-        """Whether the pages that event ``number`` unmaps are small ones.
+    def were_small(self, event: TraceEvent, number: int) -> bool:
+        """Whether the pages that event ``number`` unmaps were small ones.
 
-        They are as when they were mapped; if that was before the trace, as the nearest pages
-        known, since each pool's pages lie in one long stretch of addresses.
+        They were as when they were mapped; if that was before the trace, as the blocks that lived
+        in them; if none did, as the nearest pages known, since each pool's pages lie in one long
+        stretch of addresses.
         """
-        maps = self._maps.get((event.stream, event.pool_id), [])
-        for mapped_at, one in reversed(maps):
-            if mapped_at < number and one.address <= event.address < one.address + one.size:
+        for mapped_at, one in reversed(self._maps):
+            if mapped_at < number and _covers(one, event.address) and _same_owner(one, event):
                 return one.size == _SMALL_SEGMENT_BYTES
-        final = self._final.get((event.stream, event.pool_id), [])
-        known = [(abs(s.address - event.address), s.small) for s in final]
+        first = bisect_left(self._uses, (event.address,))
+        last = bisect_left(self._uses, (event.address + event.size,))
+        before = [(n, small) for _, n, small in self._uses[first:last] if n < number]
+        if before:
+            return max(before)[1]
+        known = [
+            (abs(segment.address - event.address), segment.small)
+            for segment in self._ranges
+            if (segment.stream, segment.pool_id) == (event.stream, event.pool_id)
+        ]
         known += [
             (abs(one.address - event.address), one.size == _SMALL_SEGMENT_BYTES)
-            for _, one in maps
+            for _, one in self._maps
+            if _same_owner(one, event)
         ]
         return min(known)[1] if known else False
+
+
+def _covers(one: TraceEvent, address: int) -> bool:
+    return one.address <= address < one.address + one.size
+
+
+def _same_owner(one: TraceEvent, other: TraceEvent) -> bool:
+    return (one.stream, one.pool_id) == (other.stream, other.pool_id)
 
 
 def _add(stretches: list[list[int]], start: int, end: int) -> None:

@@ -27,7 +27,6 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
 )
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -38,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.errors import MembenchError
 from bench.record import Category
 
-__all__ = ["Event", "Site", "Trace", "TraceError", "Tracer", "fake_device"]
+__all__ = ["Event", "Site", "Trace", "TraceError", "Tracer"]
 
 Event = tuple[Any, ...]
 """``("alloc", id, bytes, stream)``, ``("free", id)``, ``("phase", name)``,
@@ -303,13 +302,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave_module(self, _module: nn.Module, _args: Any, _result: Any) -> None:
         if self._module_stack:
             self._module_stack.pop()
-
-
-@contextmanager
-def fake_device(device_type: str) -> Iterator[FakeTensorMode]:
-    """Make every tensor fake, and ``device_type`` the device on which they are made."""
-    with FakeTensorMode() as mode, torch.device("cuda:0" if device_type == "cuda" else "cpu"):
-        yield mode
 
 
 def _bytes(tensor: Tensor) -> int:

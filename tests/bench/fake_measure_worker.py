@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import bench.cuda
-import bench.measure
+import pytest
+from torch import Tensor
+
+from bench import cuda as cuda_module
+from bench import measure as measure_module
 from bench import measure_worker
+from bench.case import Case
+from bench.losses import cross_entropy_and_dice
 from bench.units import GIB
+from bench.workload import Mark, Workload, build_workload
 from tests.bench.fake_cuda import FakeCuda
 
 __all__ = ["main"]
@@ -15,19 +21,24 @@ __all__ = ["main"]
 
 def main() -> None:
     """Serve cases as the real worker does."""
-    cuda = FakeCuda()
-    build = bench.measure.build_workload
+    gpu = FakeCuda()
 
-    def build_too_large(case: Any, mark: Any) -> Any:
-        workload = build(case, mark)
-        if case.batch_size > 1:
-            loss = workload.loss
-            workload.loss = lambda *given: (cuda.allocate(2 * GIB), loss(*given))[1]
+    def build(case: Case, mark: Mark) -> Workload:
+        workload = build_workload(case, mark)
+
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            gpu.allocate(case.batch_size * GIB // 2)
+            gpu.free(case.batch_size * GIB // 2)
+            return cross_entropy_and_dice(logits, target)
+
+        workload.loss = loss
         return workload
 
-    bench.measure.build_workload = build_too_large
-    bench.cuda.TorchCuda = lambda: cuda  # type: ignore[assignment,misc]
-    measure_worker.main()
+    with pytest.MonkeyPatch.context() as patched:
+        replacement: Any = lambda: gpu  # noqa: E731 - of a class
+        patched.setattr(cuda_module, "TorchCuda", replacement)
+        patched.setattr(measure_module, "build_workload", build)
+        measure_worker.main()
 
 
 if __name__ == "__main__":

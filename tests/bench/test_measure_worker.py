@@ -178,7 +178,7 @@ def test_a_measured_case_becomes_a_record_on_disk(tmp_path: Path) -> None:
         module="tests.bench.fake_measure_worker",
         card="test-1gb",
         workers=1,
-        reuse=False,
+        reuse=True,  # for real it is one process a case; torch's import takes seconds
     )
     path = tmp_path / "t.jsonl"
 

@@ -138,13 +138,14 @@ def test_an_entry_that_fixes_batch_or_mode_takes_no_part_in_the_axis(tmp_path: P
         ("{variant: 's*'}", ["baseline/96", "baseline/64"]),
         ("{network: 'f?n', shape: '*x45', mode: train}", ["baseline/96", "small/96"]),
         ("{precision: fp16}", ["baseline/96", "baseline/64"]),
+        ("{batch: 2}", ["baseline/96", "baseline/64"]),
         ("{batch: 1, variant: base*}", ["small/96", "small/64"]),
     ],
 )
 def test_exclude_leaves_out_what_matches_all_its_keys(
     tmp_path: Path, exclude: str, left: list[str]
 ) -> None:
-    suite = load(tmp_path, with_row("precision: fp16") + f"exclude: [{exclude}]\n")
+    suite = load(tmp_path, with_row("precision: fp16, batch: 2") + f"exclude: [{exclude}]\n")
     assert [f"{c.variant}/{c.requested_shape[0]}" for c in suite.cases()] == left
 
 

@@ -6,7 +6,7 @@
 from bench.predict.allocator.blocks import DEFAULT_POOL, Block, PoolId, PoolName
 from bench.predict.allocator.caching import CachingAllocator, Counters, OutOfMemory
 from bench.predict.allocator.restore import allocate_at, restore_range, restore_segment
-from bench.predict.allocator.rules import round_size, segment_size
+from bench.predict.allocator.rules import LARGEST_SMALL_BYTES, round_size, segment_size
 from bench.predict.allocator.simulate import (
     Event,
     PhasePeaks,
@@ -18,6 +18,7 @@ from bench.predict.allocator.store import PlaceSegment
 
 __all__ = [
     "DEFAULT_POOL",
+    "LARGEST_SMALL_BYTES",
     "Block",
     "CachingAllocator",
     "Counters",

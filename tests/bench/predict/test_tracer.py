@@ -8,16 +8,17 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from bench.predict.tracer import Event, Site, Trace, TraceError, Tracer, fake_device
+from bench.predict.tracer import Event, Site, Trace, TraceError, Tracer
 
 FLOAT = 4  # bytes
 
 
 @contextmanager
 def tracing() -> Iterator[Tracer]:
-    with fake_device("cpu"):
+    with FakeTensorMode():
         tracer = Tracer("cpu")
         with tracer.attributing(), tracer:
             yield tracer
