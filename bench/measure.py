@@ -103,7 +103,7 @@ def measure(
     meter = _Meter(cuda)
     notes: list[str] = []
     times: list[float] = []
-    with _without_collections(), torch.device(cuda.device):
+    with _without_collections():
         workload, parameters, refusal = _memory_pass(case, meter)
         process = _read_process(cuda, used_before_bytes, meter.peaks(), notes)
         if workload is not None:
@@ -134,7 +134,7 @@ def _memory_pass(
     refused_before = meter.cuda.memory_stats().get("num_ooms", 0)
     parameters = None
     try:
-        workload = build_workload(case, meter.mark)
+        workload = build_workload(case, meter.mark, meter.cuda.device)
         parameters = workload.parameter_count()
         for meter.step in range(1, case.steps + 1):
             workload.step(meter.mark)

@@ -81,8 +81,8 @@ class Workload:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def build_workload(case: Case, mark: Mark, device: str) -> Workload:
-    """Build the model, the optimizer and a random batch on ``device``, "cuda:0" or "cpu".
+def build_workload(case: Case, mark: Mark, device: str | torch.device) -> Workload:
+    """Build the model, the optimizer and a random batch on ``device``, such as "cuda:0".
 
     Modules are made there rather than moved. The steps then run outside of any device scope, as
     a training script's do: an optimizer keeps its step counters on the CPU.

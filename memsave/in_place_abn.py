@@ -61,7 +61,8 @@ def in_place_abn(
     Memory: keeps z, ``x.nbytes`` bytes, which the next layer keeps anyway, and 1/std, one number
         a channel; BatchNorm and activation keep ``x.nbytes`` more. Forward has no temporary of an
         activation's size. Backward has two at a time (leaky ReLU; three in half precision, where
-        it computes in float32) of ``x.nbytes / 8``, or of 4 MiB if that is more.
+        it computes in float32) of ``x.nbytes / 8``, or of 4 MiB if that is more; of 16 channels
+        at least where x is not contiguous (channels last).
     Exact: the result is that of BatchNorm with weight ``|weight| + eps`` and the activation, bit
         for bit with leaky ReLU. For the gradients xhat is read off the result, which gives it
         within ``2 u (|xhat| + |bias| / g)``, u being half the type's ``finfo.eps``: float32

@@ -18,10 +18,12 @@ from typing import Any
 
 from bench.predict.allocator import (
     DEFAULT_POOL,
+    LARGEST_SMALL_BYTES,
     Block,
     CachingAllocator,
     OutOfMemory,
     allocate_at,
+    round_size,
 )
 from bench.predict.fit import fit
 from bench.predict.recorded_state import Placement, first_modes, restore_state
@@ -182,7 +184,7 @@ class _Replayer:
         reserved = allocator.reserved_bytes
         # A retry does not search again, whatever its wait for other streams has set free and
         # whatever its releases have made small enough for ``max_split_size``.
-        search = not (self._unsearched and new)
+        search = not (self._unsearched and (new or self._fills_run(event)))
         try:
             block = allocator.malloc(event.size, event.stream, event.pool_id, search=search)
         except OutOfMemory:  # only for sizes beyond any card's address space
@@ -197,6 +199,15 @@ class _Replayer:
         else:
             self._missed_in_a_row += 1
             self._settle_miss(event, number, block)
+
+    def _fills_run(self, event: TraceEvent) -> bool:
+        """Whether a retry could have put the block there without mapping any more pages."""
+        if not self.allocator.expandable:
+            return False
+        rounded = round_size(event.size, self.allocator.settings)
+        pool = self.allocator.pool(rounded <= LARGEST_SMALL_BYTES, event.pool_id)
+        run = self.allocator.lowest_run(pool, event.stream, rounded)
+        return run is not None and run.address == event.address and run.size >= rounded
 
     def _take_first_segment(self, event: TraceEvent) -> bool:
         """Put the trace's first block into a segment that may have been made for it.

@@ -7,6 +7,7 @@ An entry that fixes its own batch, precision or mode takes no part in that axis.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def finish(suite: SuiteFile, drafts: Iterable[Draft]) -> tuple[list[Case], list[
             mistakes.append(_given_twice(case.name, draft, first[case.name]))
         else:
             first[case.name] = draft
-            cases.append(case)
+            cases.append(dataclasses.replace(case, position=len(cases)))
     return cases, mistakes
 
 

@@ -23,8 +23,8 @@ def main() -> None:
     """Serve cases as the real worker does."""
     gpu = FakeCuda()
 
-    def build(case: Case, mark: Mark) -> Workload:
-        workload = build_workload(case, mark)
+    def build(case: Case, mark: Mark, device: torch.device) -> Workload:
+        workload = build_workload(case, mark, device)
 
         def loss(logits: Tensor, target: Tensor) -> Tensor:
             gpu.allocate(case.batch_size * GIB // 2)

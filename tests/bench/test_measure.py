@@ -19,6 +19,7 @@ from bench.errors import MembenchError
 from bench.measure import measure, memory_fraction
 from bench.record import Parts, Peaks
 from bench.units import GIB, MIB
+from bench.workload import build_workload
 from tests.bench.fake_cuda import UUID, FakeCuda
 
 Script = Callable[[str], None]
@@ -73,7 +74,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Scripted:
     def use(script: Script) -> ScriptedWorkload:
         workload = ScriptedWorkload(cuda, script)
 
-        def build(_case: Case, mark: Callable[[str], None]) -> ScriptedWorkload:
+        def build(_case: Case, mark: Callable[[str], None], _device: str) -> ScriptedWorkload:
             mark("model")
             cuda.allocate(10 * MIB)
             script("model")
@@ -214,14 +215,23 @@ def test_pythons_cycle_collector_rests_while_it_measures(
     assert gc.isenabled()
 
 
-def test_the_workload_is_built_on_the_gpu(cuda: FakeCuda, scripted: Scripted) -> None:
+def test_the_workload_is_built_on_the_gpu(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cuda.device = torch.device("meta")
+    workload = build_workload(case(), lambda _: None, cuda.device)
     seen: list[torch.device] = []
-    scripted(lambda _: seen.append(torch.get_default_device()))
 
-    measure(case(), cuda)
+    def build(_case: Case, _mark: Callable[[str], None], device: torch.device) -> Any:
+        seen.append(device)
+        raise MembenchError("seen enough")
 
-    assert {device.type for device in seen} == {"meta"}
+    monkeypatch.setattr(measure_module, "build_workload", build)
+    with pytest.raises(MembenchError, match="seen enough"):
+        measure(case(), cuda)
+
+    assert seen == [cuda.device]
+    assert {p.device for p in workload.model.parameters()} == {cuda.device}
 
 
 @pytest.mark.parametrize("asked", [True, False])

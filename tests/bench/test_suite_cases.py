@@ -178,19 +178,19 @@ def test_a_suite_of_single_cases_needs_no_matrix(tmp_path: Path) -> None:
 
 
 def test_figures_keep_what_is_printed_and_its_bytes(tmp_path: Path) -> None:
-    """GB is 10^9 bytes; 20.0 keeps its zero, 0.1 is exact."""
+    """GB is 10^9 bytes; 20.0 keeps its zero; 4.1 is exact, as binary it would not be."""
     added = """\
 paper:
   citation: Somebody et al.
   unit: GB
   figures:
-    baseline: {96x96x96: 20.0, 64x64x45: "~ 0.1"}
+    baseline: {96x96x96: 20.0, 64x64x45: "~ 4.1"}
     fcn/small: {96x96x96: "> 32"}
 """
     suite = load(tmp_path, GOOD + added)
     assert [case.paper for case in suite.cases()] == [
         PaperFigure(text="20.0 GB", relation="=", bytes=20_000_000_000),
-        PaperFigure(text="~ 0.1 GB", relation="~", bytes=100_000_000),
+        PaperFigure(text="~ 4.1 GB", relation="~", bytes=4_100_000_000),
         PaperFigure(text="> 32 GB", relation=">", bytes=32_000_000_000),
         None,
     ]

@@ -92,10 +92,9 @@ def train_recorded(case: dict[str, Any], path: str) -> int:
 
     definition = Case.from_definition(case)
     torch.cuda.memory._record_memory_history(max_entries=10**6)
-    with torch.device("cuda:0"):
-        workload = build_workload(definition, lambda _: None)
-        for _ in range(definition.steps):
-            workload.step(lambda _: None)
+    workload = build_workload(definition, lambda _: None, "cuda:0")
+    for _ in range(definition.steps):
+        workload.step(lambda _: None)
     torch.cuda.synchronize()
     memory: Any = torch.cuda.memory
     memory._dump_snapshot(path)

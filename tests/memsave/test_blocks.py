@@ -45,8 +45,10 @@ def test_a_block_has_the_papers_convolutions(name: str, norm: str, spatial_dims:
 
 
 def test_batch_norm_comes_after_the_activation() -> None:
-    kinds = [type(m) for m in batch_norm(4, 3)]
-    assert kinds == [nn.ReLU, nn.BatchNorm3d]
+    activation, norm = batch_norm(4, 3)
+    assert isinstance(activation, nn.ReLU)
+    assert activation.inplace
+    assert isinstance(norm, nn.BatchNorm3d)
 
 
 def test_in_place_abn_norm_is_leaky_by_a_hundredth() -> None:

@@ -53,6 +53,20 @@ def test_backward_needs_eighths_of_the_activation(
     assert 0 <= live.peak_bytes - temporaries * x.nbytes // 8 < 64 * 8 * 8
 
 
+def test_backward_takes_channels_last_sixteen_channels_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 64: two temporaries of a quarter, where an eighth would read memory by halves."""
+    monkeypatch.setattr("memsave.in_place_abn.SMALL_ELEMENTS", 0)
+    x = torch.randn(1, 64, 50, 100).to(memory_format=torch.channels_last).requires_grad_()
+    abn = InPlaceABN(64)
+    z = abn(x.clone())
+    dz = torch.ones_like(z)
+    with LiveBytes() as live:
+        torch.autograd.backward(z, dz, inputs=[abn.weight])
+    assert 0 <= live.peak_bytes - 2 * x.nbytes // 4 < 64 * 4 * 8
+
+
 def test_backward_takes_a_small_activation_in_one_piece() -> None:
     """Up to 2**20 elements: two temporaries as large as it is."""
     x = torch.randn(1, 64, SMALL_ELEMENTS // 64, requires_grad=True)

@@ -131,7 +131,7 @@ class SegmentStore:
 
         Pages mapped before the driver ran out stay mapped, as a free block.
         """
-        candidate = self._lowest_run(pool, stream, rounded)
+        candidate = self.lowest_run(pool, stream, rounded)
         if candidate is None:
             space = -(-self._range_bytes // pool.page_bytes) * pool.page_bytes
             candidate = self.add_range(
@@ -154,7 +154,8 @@ class SegmentStore:
         pool.remove(candidate)
         return candidate
 
-    def _lowest_run(self, pool: Pool, stream: int, rounded: int) -> Block | None:
+    def lowest_run(self, pool: Pool, stream: int, rounded: int) -> Block | None:
+        """Return where the lowest free and unmapped stretch of ``rounded`` bytes starts."""
         for _, _, unmapped in pool.unmapped.get(stream, ()):
             first = unmapped
             if first.prev is not None and first.prev.state == FREE:
