@@ -96,6 +96,7 @@ class Environment:
     python: str | None = None
     platform: str | None = None
     allocator_settings: str = ""
+    card_hash: str | None = None  # of the card's data, where it was predicted for one
     cudnn_benchmark: bool | None = None
     suite: str | None = None
     suite_hash: str | None = None

@@ -79,7 +79,8 @@ def finished_cases(run: Run) -> dict[str, Record]:
     """Return the records in the run's file that need not be made again, by case name.
 
     A case is finished when its last record is ``ok`` or ``oom``, was made from the same
-    definition, and by the same torch, tracer and allocator settings.
+    definition, by the same membench, torch, tracer and allocator settings, and for a card whose
+    data are the same.
     """
     if not run.path.exists():
         return {}
@@ -102,8 +103,9 @@ def _made_alike(record: Record, run: Run) -> bool:
         and record.capped_to == run.backend.capped_to
         and theirs.torch == ours.torch
         and theirs.membench == ours.membench
+        and theirs.commit == ours.commit
         and theirs.allocator_settings == ours.allocator_settings
-        and theirs.gpu == ours.gpu
+        and theirs.card_hash == ours.card_hash
     )
 
 

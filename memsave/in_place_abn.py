@@ -6,35 +6,31 @@ implementation, so that its users change an import; the code is plain PyTorch, o
 
 How backward works. z = act(y) is all that was kept. The activation is inverted in z's own
 storage, giving y = g * xhat + b with g = |weight| + eps, and the gradient of the input is written
-over that, a few channels at a time: what is needed besides stays below ``CHUNK_ELEMENTS``
-elements a temporary, whatever the activation's size. The caller's gradient tensor is only read:
-where z is summed with a skip, autograd hands the same tensor to both branches.
+over that, a few channels at a time, so that temporaries stay a fraction of the activation. The
+caller's gradient tensor is only read: where z is summed with a skip, autograd hands the same
+tensor to both branches. The arithmetic is in ``memsave/in_place_abn_maths.py``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _NormBase
 
 from memsave.errors import InputError, OptionError, UnknownNameError
+from memsave.in_place_abn_maths import (
+    Activation,
+    activate_,
+    backward_,
+    compute_dtype,
+    normalise_,
+    scale_and_shift,
+)
 
 __all__ = ["Activation", "InPlaceABN", "in_place_abn"]
-
-Activation = Literal["leaky_relu", "elu", "identity"]
-ACTIVATIONS: tuple[Activation, ...] = ("leaky_relu", "elu", "identity")
-
-# A temporary of backward holds an eighth of the activation's bytes: smaller ones would cost more
-# in launches, and in tracing, than they save. Below SMALL_ELEMENTS (4 MiB in float32) nothing is
-# worth saving.
-PARTS = 8
-SMALL_ELEMENTS = 2**20
 
 
 def in_place_abn(
@@ -79,7 +75,7 @@ def in_place_abn(
     """
     _check_activation(activation, activation_param)
     _check_input(x, weight, running_mean, training)
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     batch_statistics = training or running_mean is None or running_var is None
     updated = [b for b in (running_mean, running_var) if b is not None and batch_statistics]
     # Statistics in half would overflow or stall, so they are computed beside the buffers.
@@ -172,11 +168,11 @@ class _InPlaceABN(torch.autograd.Function):
         activation: Activation,
         activation_param: float,
     ) -> Tensor:
-        scale, shift = _scale_and_shift(x, weight, bias, eps)
-        rstd = _normalise_(
+        scale, shift = scale_and_shift(x, weight, bias, eps)
+        rstd = normalise_(
             x, scale, shift, running_mean, running_var, batch_statistics, momentum, eps
         )
-        _activate_(x, activation, activation_param)
+        activate_(x, activation, activation_param)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, weight, bias, rstd)
         ctx.batch_statistics, ctx.eps = batch_statistics, eps
@@ -190,8 +186,8 @@ class _InPlaceABN(torch.autograd.Function):
         # Detached, what happens to it still counts as a change of z, but it has no history. With
         # retain_graph somebody may come back for z.
         z = z.clone() if _graph_is_kept() else z.detach()
-        scale, shift = _scale_and_shift(z, weight, bias, ctx.eps)
-        d_scale, d_shift = _backward_(
+        scale, shift = scale_and_shift(z, weight, bias, ctx.eps)
+        d_scale, d_shift = backward_(
             z, dz, scale, shift, rstd, ctx.batch_statistics, ctx.activation, ctx.activation_param
         )
         d_weight = d_bias = None
@@ -207,165 +203,9 @@ def _graph_is_kept() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _scale_and_shift(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Return g and b of each channel, in the type that statistics are computed in."""
-    channels, dtype = x.shape[1], _compute_dtype(x)
-    if weight is None:
-        scale = torch.ones(channels, dtype=dtype, device=x.device)
-    else:
-        scale = weight.detach().to(dtype).abs() + eps
-    if bias is None:
-        return scale, torch.zeros(channels, dtype=dtype, device=x.device)
-    return scale, bias.detach().to(dtype)
-
-
-def _normalise_(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batch_statistics: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Overwrite ``x`` with its batch norm, update the running statistics, return 1/std."""
-    # Without batch statistics the operator has none to return.
-    mean, rstd = (scale.new_empty(scale.numel() if batch_statistics else 0) for _ in range(2))
-    arguments = (x, scale, shift, running_mean, running_var, batch_statistics, momentum, eps)
-    if _is_dense(x):
-        torch.ops.aten.native_batch_norm.out(*arguments, out=x, save_mean=mean, save_invstd=rstd)
-    else:  # the CPU's kernel goes wrong on such a layout when it writes over its input
-        result, mean, rstd = torch.native_batch_norm(*arguments)
-        x.copy_(result)
-    if batch_statistics:
-        return rstd
-    assert running_var is not None
-    return torch.rsqrt(running_var + eps)
-
-
-def _activate_(y: Tensor, activation: Activation, param: float) -> None:
-    if activation == "leaky_relu":
-        F.leaky_relu_(y, param)
-    elif activation == "elu":
-        F.elu_(y, param)
-
-
-def _invert_(z: Tensor, activation: Activation, param: float) -> None:
-    """Overwrite ``z = act(y)`` with y."""
-    if activation == "leaky_relu":
-        F.leaky_relu_(z, 1 / param)
-    elif activation == "elu":
-        # Rounding takes ELU to exactly -alpha, whose y would be -inf; the nearest above has one.
-        nearest = -1 + torch.finfo(z.dtype).eps / 2
-        negative = torch.log1p((z / param).clamp_(nearest, 0))
-        z.clamp_(min=0).add_(negative)
-
-
-def _activation_backward(dz: Tensor, z: Tensor, activation: Activation, param: float) -> Tensor:
-    """Return the gradient of y, in a tensor of its own unless the activation is the identity."""
-    dy = dz
-    if activation == "leaky_relu":
-        dy = torch.ops.aten.leaky_relu_backward(dz, z, param, True)
-    elif activation == "elu":
-        dy = torch.ops.aten.elu_backward(dz, param, 1, 1, True, z)
-    return dy
-
-
-def _backward_(
-    z: Tensor,
-    dz: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    rstd: Tensor,
-    batch_statistics: bool,
-    activation: Activation,
-    activation_param: float,
-) -> tuple[Tensor, Tensor]:
-    """Overwrite ``z`` with the gradient of x, return those of scale and shift. ``dz`` is read.
-
-    Channels are independent of each other, so a few at a time keep the temporaries small.
-    """
-    step = _channels_at_once(z, parts=PARTS * scale.itemsize // z.itemsize)
-    per_channel = (1, -1) + (1,) * (z.dim() - 2)
-    whole = (z, dz, *(t.view(per_channel) for t in (scale, shift, rstd)))
-    sums = []
-    for z_part, dz_part, *channel in zip(*(torch.split(t, step, 1) for t in whole), strict=True):
-        sums.append(
-            _backward_part_(
-                z_part, dz_part, channel, batch_statistics, activation, activation_param
-            )
-        )
-    d_scale, d_shift = (torch.cat(parts, 1).flatten() for parts in zip(*sums, strict=True))
-    return d_scale, d_shift
-
-
-def _backward_part_(
-    z: Tensor,
-    dz: Tensor,
-    channel: Sequence[Tensor],
-    batch_statistics: bool,
-    activation: Activation,
-    activation_param: float,
-) -> tuple[Tensor, Tensor]:
-    """Overwrite some channels of z with their gradient; a function, so that its tensors die."""
-    dtype = channel[0].dtype
-    y = z.to(dtype)  # z itself, unless half
-    dy = _activation_backward(dz.to(dtype), y, activation, activation_param)
-    _invert_(y, activation, activation_param)
-    sums = _norm_backward_(y, dy, channel, batch_statistics)
-    if y is not z:
-        z.copy_(y)
-    return sums
-
-
-def _channels_at_once(z: Tensor, parts: int) -> int:
-    channels = max(1, z.shape[1])
-    step = max(math.ceil(channels / parts), SMALL_ELEMENTS * channels // max(1, z.numel()))
-    # Channels last: neighbours in memory are read together or wasted.
-    return min(channels, step if z.is_contiguous() else max(step, 16))
-
-
-def _norm_backward_(
-    y: Tensor, dy: Tensor, channel: Sequence[Tensor], batch_statistics: bool
-) -> tuple[Tensor, Tensor]:
-    """Overwrite ``y = scale * xhat + shift`` with the gradient of x; ``dy`` is read.
-
-    ``channel`` is scale, shift and 1/std, each (1, C, 1, ...).
-    dx = scale * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), without the means where the
-    statistics did not come from the batch. Returns sum(dy * xhat) and sum(dy) of each channel.
-    """
-    scale, shift, rstd = channel
-    others = [d for d in range(y.dim()) if d != 1]
-    centred = y.sub_(shift)
-    d_shift = dy.sum(others, keepdim=True)
-    d_scale = (dy * centred).sum(others, keepdim=True) / scale
-    gain = scale * rstd
-    if not batch_statistics:
-        torch.mul(dy, gain, out=y)
-        return d_scale, d_shift
-    share = y.shape[1] / max(1, y.numel())
-    torch.addcmul(d_shift * gain * -share, centred, d_scale * rstd * -share, out=y)
-    y.addcmul_(dy, gain)
-    return d_scale, d_shift
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory in the order of its dimensions, or channels last."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(x.dim())
-    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
-
-
 def _check_activation(activation: str, param: float) -> None:
-    if activation not in ACTIVATIONS:
-        raise UnknownNameError("activation of in-place ABN", activation, ACTIVATIONS)
+    if activation not in get_args(Activation):
+        raise UnknownNameError("activation of in-place ABN", activation, get_args(Activation))
     if activation != "identity" and not param > 0:
         raise OptionError(
             f"activation_param must be more than 0, got {param}: {activation} cannot be inverted"

@@ -14,7 +14,7 @@ from bench.backends import Device, measured_backend, predicted_backend, use_cuda
 from bench.cli.console import err, out, user_errors
 from bench.environment import read_environment
 from bench.errors import MembenchError
-from bench.predict.cards import find_card
+from bench.predict.cards import Card, find_card
 from bench.record import Record, results_file
 from bench.runner import Backend, Progress, Run, finished_cases, run_cases
 
@@ -78,11 +78,13 @@ def _run(
 
     suite = load_suite(suite_name)
     cases = suite.cases(volumes=volumes, spacing=spacing, glob=glob)
+    environment = read_environment(suite=suite.name, suite_hash=suite.digest)
     if use_cuda(device):
         backend = measured_backend(find_card(card_name) if card_name else None)
     else:
-        backend = _predicted(suite, card_name)
-    environment = read_environment(suite=suite.name, suite_hash=suite.digest)
+        card = _card_to_predict(suite, card_name)
+        backend = _predicted(card)
+        environment = dataclasses.replace(environment, card_hash=card.digest())
     plan = Run(
         cases=cases,
         backend=backend,
@@ -92,11 +94,15 @@ def _run(
     return _execute(plan, resume, json), plan.path
 
 
-def _predicted(suite: Suite, card_name: str | None) -> Backend:
-    name = card_name or suite.card
+def _card_to_predict(suite: Suite, named: str | None) -> Card:
+    name = named or suite.card
     if name is None:
         raise MembenchError(f"suite {suite.name} names no card: choose one with --card")
-    backend, why = predicted_backend(find_card(name))
+    return find_card(name)
+
+
+def _predicted(card: Card) -> Backend:
+    backend, why = predicted_backend(card)
     if backend.tracer == "cpu":
         err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True)
     return backend

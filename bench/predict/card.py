@@ -9,6 +9,7 @@ takes the place of a shipped card of the same name.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -94,6 +95,11 @@ class Card:
     def to_dict(self) -> dict[str, Any]:
         """Return the card as JSON-ready data."""
         return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """Return a short hash of all that a prediction takes from the card."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "card") -> Card:

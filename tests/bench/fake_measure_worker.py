@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from bench import cuda as cuda_module
@@ -23,7 +24,7 @@ def main() -> None:
     """Serve cases as the real worker does."""
     gpu = FakeCuda()
 
-    def build(case: Case, mark: Mark, device: torch.device) -> Workload:
+    def build(case: Case, mark: Mark, device: str | torch.device) -> Workload:
         workload = build_workload(case, mark, device)
 
         def loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -215,9 +215,7 @@ def test_pythons_cycle_collector_rests_while_it_measures(
     assert gc.isenabled()
 
 
-def test_the_workload_is_built_on_the_gpu(
-    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_workload_is_built_on_the_gpu(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.device = torch.device("meta")
     workload = build_workload(case(), lambda _: None, cuda.device)
     seen: list[torch.device] = []

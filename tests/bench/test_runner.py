@@ -154,8 +154,15 @@ def test_finished_cases_are_those_that_nothing_has_changed_for(tmp_path: Path) -
 
     changed = replace(plan, cases=[case("a", seed=1), case("b", time_limit_s=60.0)])
     assert {r.variant for r in finished_cases(changed).values()} == {"b"}
-    other_torch = replace(plan, environment=Environment(membench="test", torch="2.11.0"))
-    assert finished_cases(other_torch) == {}
+    made_here = plan.environment
+    for environment in (
+        replace(made_here, torch="2.11.0"),
+        replace(made_here, membench="next"),
+        replace(made_here, commit="abc"),
+        replace(made_here, card_hash="abc"),
+        replace(made_here, allocator_settings="expandable_segments:True"),
+    ):
+        assert finished_cases(replace(plan, environment=environment)) == {}, environment
     other_tracer = replace(plan, backend=replace(plan.backend, tracer="cpu"))
     assert finished_cases(other_tracer) == {}
 

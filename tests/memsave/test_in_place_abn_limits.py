@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import memsave
 from memsave.errors import InputError, OptionError, UnknownNameError
-from memsave.in_place_abn import SMALL_ELEMENTS, InPlaceABN, in_place_abn
+from memsave.in_place_abn import InPlaceABN, in_place_abn
+from memsave.in_place_abn_maths import SMALL_ELEMENTS
 from tests.memsave.kept_bytes import LiveBytes, saved_bytes
 
 N, C, D, H, W = 2, 6, 3, 5, 4
@@ -42,7 +43,7 @@ def test_backward_needs_eighths_of_the_activation(
     dtype: torch.dtype, temporaries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient takes z's place, so only temporaries of ``nbytes / 8`` come on top."""
-    monkeypatch.setattr("memsave.in_place_abn.SMALL_ELEMENTS", 0)
+    monkeypatch.setattr("memsave.in_place_abn_maths.SMALL_ELEMENTS", 0)
     x = torch.randn(1, 64, 5000).to(dtype).requires_grad_()
     abn = InPlaceABN(64)
     z = abn(x.clone())
@@ -57,7 +58,7 @@ def test_backward_takes_channels_last_sixteen_channels_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of 64: two temporaries of a quarter, where an eighth would read memory by halves."""
-    monkeypatch.setattr("memsave.in_place_abn.SMALL_ELEMENTS", 0)
+    monkeypatch.setattr("memsave.in_place_abn_maths.SMALL_ELEMENTS", 0)
     x = torch.randn(1, 64, 50, 100).to(memory_format=torch.channels_last).requires_grad_()
     abn = InPlaceABN(64)
     z = abn(x.clone())
