@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from bench.case import Case
 from bench.errors import MembenchError, nearest
 from bench.losses import LOSSES
+from memsave import networks
 from memsave.errors import MemsaveError
 from memsave.mixed_precision import MixedPrecision
-from memsave.networks import NETWORKS
 from memsave.techniques import Technique, find_technique, parse_options
 
 __all__ = ["OPTIMIZERS", "Mark", "Workload", "build_workload", "is_exact", "technique_names"]
@@ -104,7 +104,7 @@ def _build(case: Case) -> Workload:
     training = case.mode == "train"
     model.train(training)
     optimizer = _build_optimizer(case, model, techniques) if training else None
-    spec = NETWORKS[case.network]
+    spec = networks.find_network(case.network)
     channels = int(case.network_options.get("in_channels", spec.in_channels))
     classes = int(case.network_options.get("classes", spec.classes))
     images = torch.randn(case.batch_size, channels, *case.shape)
@@ -126,11 +126,10 @@ def _technique(name: str, options: dict[str, Any]) -> tuple[Technique, Any]:
 
 
 def _build_model(case: Case, techniques: list[tuple[Technique, Any]]) -> nn.Module:
-    spec = _find(NETWORKS, case.network, "network")
     network_options = dict(case.network_options)
     for technique, options in techniques:
         network_options = dict(technique.build(network_options, options))
-    model: nn.Module = spec.factory(**network_options)
+    model = networks.build(case.network, network_options)
     for technique, options in techniques:
         model = technique.module(model, options)
     return model

@@ -118,6 +118,7 @@ def test_checkpointing_a_block_saves_activations() -> None:
         ({"optimizer": "adm"}, "unknown optimizer 'adm' (did you mean 'adam'"),
         ({"loss": "dise"}, "unknown loss 'dise' (did you mean 'dice'"),
         ({"network_options": {"block": "bottlenek"}}, "bottleneck"),
+        ({"network_options": {"blok": "bottleneck"}}, "block"),
         ({"techniques": (TechniqueUse(name="chekpoint"),)}, "checkpoint"),
     ],
 )
