@@ -32,12 +32,16 @@ class LiveBlocks:
         """Note a block; a damaged trace may have two at one address."""
         self._blocks.setdefault(address, []).append(block)
 
-    def take(self, address: int) -> Block | None:
-        """Return the block to free, the latest of several; None where nothing is known."""
+    def take(self, address: int, *, in_place: bool = True) -> Block | None:
+        """Return the block to free; None where nothing is known.
+
+        Of several, one that really is at the address, or with ``in_place=False`` one that is not.
+        """
         sharing = self._blocks.get(address)
         if sharing is None:
             return None
-        block = sharing.pop()
+        block = max(sharing, key=lambda one: (one.address == address) == in_place)
+        sharing.remove(block)
         if not sharing:
             del self._blocks[address]
         return block

@@ -157,7 +157,10 @@ class _Replayer:
             return
         self._use_up_new()
         if event.kind in ("free", "free_completed"):
-            self.allocator.free(self.live.take(event.address) or self._reused_unfreed(number))
+            # If one more free of this address follows, that one is for the block in place.
+            in_place = not self._addresses.next_is_free(event.address, number)
+            block = self.live.take(event.address, in_place=in_place)
+            self.allocator.free(block or self._reused_unfreed(number))
 
     def _reused_unfreed(self, number: int) -> Block | None:
         """Return the block that a free of an unknown address must have meant.

@@ -95,7 +95,8 @@ def _load(path: Path) -> Any:
         TypeError,
         ValueError,
     ) as error:
-        why = "its pickle is cut off" if "truncated" in str(error) else f"no pickle: {error}"
+        text = " ".join(str(error).split())
+        why = "its pickle is cut off" if "truncated" in text else f"no pickle: {text}"
         raise _not_a_trace(path, why) from None
 
 

@@ -37,7 +37,7 @@ def training_events() -> list[tuple[Any, ...]]:
 
 def test_simulating_training_steps(benchmark: BenchmarkFixture) -> None:
     events = training_events()
-    result = benchmark.pedantic(simulate, (events,), rounds=5, warmup_rounds=1)
+    result = benchmark.pedantic(simulate, (events,), rounds=5, warmup_rounds=1)  # type: ignore[no-untyped-call]
     assert result.oom_at_event is None
     if benchmark.stats:  # absent where benchmarks are disabled
         benchmark.extra_info["events_per_s"] = len(events) / benchmark.stats.stats.median
@@ -46,7 +46,7 @@ def test_simulating_training_steps(benchmark: BenchmarkFixture) -> None:
 def test_simulating_training_steps_with_expandable_segments(benchmark: BenchmarkFixture) -> None:
     events = training_events()
     settings = AllocatorSettings(expandable_segments=True)
-    result = benchmark.pedantic(simulate, (events, None, settings), rounds=5, warmup_rounds=1)
+    result = benchmark.pedantic(simulate, (events, None, settings), rounds=5, warmup_rounds=1)  # type: ignore[no-untyped-call]
     assert result.oom_at_event is None
     if benchmark.stats:
         benchmark.extra_info["events_per_s"] = len(events) / benchmark.stats.stats.median
@@ -54,5 +54,5 @@ def test_simulating_training_steps_with_expandable_segments(benchmark: Benchmark
 
 def test_finding_what_training_steps_need(benchmark: BenchmarkFixture) -> None:
     events = training_events()
-    needed = benchmark.pedantic(needs_bytes, (events,), rounds=2, warmup_rounds=0)
+    needed = benchmark.pedantic(needs_bytes, (events,), rounds=2, warmup_rounds=0)  # type: ignore[no-untyped-call]
     assert simulate(events, needed).oom_at_event is None

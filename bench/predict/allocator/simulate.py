@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,10 +123,7 @@ def simulate(
             _run_rare(allocator, live, event, index)
     book.close()
     return SimulationResult(
-        peak_requested_bytes=book.overall.peak_requested_bytes,
-        peak_allocated_bytes=book.overall.peak_allocated_bytes,
-        peak_active_bytes=book.overall.peak_active_bytes,
-        peak_reserved_bytes=book.overall.peak_reserved_bytes,
+        **dataclasses.asdict(book.overall),
         phases=book.phases,
         peak_allocated_at_event=highest_at,
         oom_at_event=oom_at,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.predict.alloc_conf import AllocatorSettings
@@ -22,7 +22,7 @@ Action = tuple[Any, ...]
 class Setup:
     """Settings and a capacity, for either allocator."""
 
-    settings: AllocatorSettings = AllocatorSettings()
+    settings: AllocatorSettings = field(default_factory=AllocatorSettings)
     capacity: int | None = None
 
     def reference(self) -> ReferenceAllocator:

@@ -1,7 +1,7 @@
 """A slow allocator written straight from the rules, to hold the fast one against.
 
-Every search is a scan over every piece of memory; nothing is shared with ``bench``. It also
-writes what PyTorch would have recorded: a memory snapshot with its trace.
+Every search is a scan over every piece of memory; nothing is shared with ``bench``. Its trace is
+what PyTorch would have recorded.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ReferenceAllocator:
             interval = min(max(size.bit_length() - 21, 0), 15)
             d = self.divisions[interval]
             if d > 1 and size > 512 * d:
-                power = 2 ** (size.bit_length() - 1)
+                power = 1 << (size.bit_length() - 1)
                 if size == power:
                     return size
                 step = power // d
@@ -387,64 +387,3 @@ class ReferenceAllocator:
 
     def _record(self, action: str, address: int, size: int, stream: int) -> None:
         self.trace.append({"action": action, "addr": address, "size": size, "stream": stream})
-
-    def settings(self) -> dict[str, Any]:
-        conf = []
-        if self.large_segment != 20 * MIB:
-            conf.append(f"large_segment_size_mb:{self.large_segment // MIB}")
-        if self.max_rounding != 20 * MIB:
-            conf.append(f"max_non_split_rounding_mb:{self.max_rounding // MIB}")
-        if self.fraction != 1.0:
-            conf.append(f"per_process_memory_fraction:{self.fraction}")
-        divisions = self.divisions or (0,) * 16
-        return {
-            "PYTORCH_CUDA_ALLOC_CONF": ",".join(conf),
-            "max_split_size": -1 if self.max_split == NO_LIMIT else self.max_split,
-            "garbage_collection_threshold": self.gc_threshold,
-            "expandable_segments": self.expandable,
-            "roundup_power2_divisions": {str(2**i): d for i, d in enumerate(divisions)},
-        }
-
-    def snapshot(self, history: int | None = None, device: int = 0) -> dict[str, Any]:
-        """What ``torch.cuda.memory._snapshot`` returns, the last ``history`` events kept."""
-        traces: list[list[dict[str, Any]]] = [[] for _ in range(device + 1)]
-        traces[device] = self.trace if history is None else self.trace[-history:]
-        found = []
-        for segment in self.segments:
-            stretch: list[Piece] = []
-            for piece in [*segment.pieces, None]:
-                if piece is not None and piece.state != "unmapped":
-                    stretch.append(piece)
-                elif stretch:
-                    found.append(self._snapshot_segment(segment, stretch, device))
-                    stretch = []
-        found.sort(key=lambda s: s["address"])
-        return {
-            "segments": found,
-            "device_traces": traces,
-            "allocator_settings": self.settings(),
-        }
-
-    def _snapshot_segment(
-        self, segment: Segment, stretch: list[Piece], device: int
-    ) -> dict[str, Any]:
-        states = {"live": "active_allocated", "pending": "active_pending_free", "free": "inactive"}
-        return {
-            "device": device,
-            "address": stretch[0].address,
-            "total_size": sum(piece.size for piece in stretch),
-            "stream": segment.stream,
-            "segment_type": "small" if segment.small else "large",
-            "segment_pool_id": (0, 0),
-            "is_expandable": segment.expandable,
-            "blocks": [
-                {
-                    "address": piece.address,
-                    "size": piece.size,
-                    "requested_size": piece.requested,
-                    "state": states[piece.state],
-                    "frames": [],
-                }
-                for piece in stretch
-            ],
-        }

@@ -1,0 +1,166 @@
+"""The tracer on the CPU against what torch's own CPU allocator did in the very same steps.
+
+The judge is the profiler: it hears of every allocation and release from the allocator, by address,
+in steps that run on real numbers. Nothing in it is the tracer's: bytes and lifetimes are facts.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.profiler import profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.case import Case, TechniqueUse
+from bench.predict.predictor import trace_case
+from bench.predict.tracer import Event
+from bench.workload import build_workload
+
+CHECKPOINT = (TechniqueUse(name="checkpoint"),)
+# What Python and torch keep on the CPU beside the tensors of a step, on every device: a number
+# that meets a tensor becomes a scalar of 8 bytes, kept if backward needs it (the 2 of Dice's
+# numerator), and a checkpoint keeps the state of the CPU's random numbers.
+NUMBER_BYTES = 8
+RANDOM_STATE_BYTES = 5056
+
+
+def fcn(side: int = 16, **changes: Any) -> Case:
+    options = {"widths": [8, 16]} | changes.pop("network_options", {})
+    shape = (side, side, side)
+    return Case(
+        network="fcn",
+        variant="v",
+        requested_shape=shape,
+        shape=shape,
+        network_options=options,
+        **changes,
+    )
+
+
+def block(name: str, **changes: Any) -> Case:
+    return fcn(network_options={"block": name}, **changes)
+
+
+def in_place(**changes: Any) -> Case:
+    return fcn(network_options={"block": "ccblock", "norm": "inplace_abn"}, **changes)
+
+
+CASES = {
+    "float32": fcn(32),
+    "bfloat16": fcn(precision="bf16"),
+    "float16": fcn(precision="fp16"),
+    "bottleneck": block("bottleneck"),
+    "sepconv": block("sepconv"),
+    "ccblock": block("ccblock"),
+    "in-place ABN": in_place(side=32),
+    "in-place ABN, bfloat16": in_place(precision="bf16"),
+    "checkpoint": fcn(techniques=CHECKPOINT),
+    "checkpoint, in-place ABN, float16": in_place(precision="fp16", techniques=CHECKPOINT),
+    "two images": fcn(batch_size=2),
+    "infer": fcn(mode="infer"),
+    "infer, bfloat16": fcn(mode="infer", precision="bf16"),
+    "SGD with momentum": fcn(optimizer="sgd", optimizer_options={"momentum": 0.9}),
+    "RMSprop": fcn(optimizer="rmsprop"),
+    "AdamW, one tensor at a time": fcn(optimizer="adamw", optimizer_options={"foreach": False}),
+    "fused Adam": fcn(optimizer_options={"fused": True}),
+    "three levels": fcn(network_options={"widths": "doubling", "base_width": 4, "levels": 3}),
+    "four levels of the paper": fcn(network_options={"widths": "doubling"}, steps=1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    """An allocation, a release, a phase's or an operator's beginning or an operator's end."""
+
+    kind: str  # "alloc", "free", "phase", "operator" or "end"
+    storage: int = -1  # a number of its own for each allocation
+    size: int = 0  # bytes
+    name: str = ""
+
+
+class MarkingOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tell the profiler where each operator that the tracer would see begins and ends."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with record_function(f"operator {func}"):
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """As under the tracer: else cycles would be collected at a moment of the collector's own."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@cache
+def really(case: Case, mark_operators: bool) -> list[Happened]:
+    """Run the case's steps on real tensors; return what the CPU's allocator did."""
+
+    def mark(phase: str) -> None:
+        with record_function(f"phase {phase}"):
+            pass
+
+    operators = MarkingOperators() if mark_operators else nullcontext()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second thread's temporaries have no place in the order of events
+    try:
+        with no_collection(), profile(profile_memory=True) as profiler, operators:
+            workload = build_workload(case, mark, "cpu")
+            for _ in range(case.steps):
+                workload.step(mark)
+            mark("over")
+    finally:
+        torch.set_num_threads(threads)
+    return list(_in_order(profiler.kineto_results.experimental_event_tree()))
+
+
+def _in_order(roots: list[Any]) -> Iterator[Happened]:
+    live: dict[int, tuple[int, int]] = {}  # address -> storage, bytes
+    for storage, (_, event) in enumerate(sorted(_moments(roots), key=lambda moment: moment[0])):
+        if isinstance(event, Happened):
+            yield event
+        elif event.alloc_size > 0:
+            live[event.ptr] = (storage, event.alloc_size)
+            yield Happened("alloc", storage, event.alloc_size)
+        else:
+            yield Happened("free", *live.pop(event.ptr))
+
+
+def _moments(events: list[Any]) -> Iterator[tuple[int, Any]]:
+    for event in events:
+        if event.name.startswith("phase "):
+            yield event.start_time_ns, Happened("phase", name=event.name[6:])
+        elif event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields
+        elif event.name.startswith("operator "):
+            yield event.start_time_ns, Happened("operator", name=event.name[9:])
+            yield event.end_time_ns, Happened("end")
+        yield from _moments(event.children)
+
+
+@cache
+def traced(case: Case) -> list[Happened]:
+    trace, _ = trace_case(case, "cpu")
+    sizes = {event[1]: event[2] for event in trace.events if event[0] == "alloc"}
+
+    def happened(event: Event) -> Happened:
+        if event[0] == "phase":
+            return Happened("phase", name=event[1])
+        return Happened(event[0], event[1], sizes[event[1]], trace.sites[event[1]].operator)
+
+    known = ("alloc", "free", "phase")
+    return [happened(e) for e in trace.events if e[0] in known] + [Happened("phase", name="over")]
