@@ -47,6 +47,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise _ForbiddenClassError(f"{module_name}.{global_name}")
 
 
+class _Reader:
+    """The least that an unpickler reads from. With ``readinto``, CPython 3.11 prints an error of
+    its own when a byte array is too large to be made.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        file = io.BytesIO(content)
+        self.read = file.read
+        self.readline = file.readline
+
+
 def read_trace(path: Path, device: int | None = None) -> Trace:
     """Read the trace in ``path``; of several devices, ``device`` or the one with most events.
 
@@ -77,7 +88,7 @@ def _load(path: Path) -> Any:
             raise _not_a_trace(path, f"it looks like JSON but is not: {error}") from None
     try:
         with _memory_limit(len(content)):
-            return _PlainUnpickler(io.BytesIO(content)).load()
+            return _PlainUnpickler(_Reader(content)).load()
     except _ForbiddenClassError as error:
         raise MembenchError(
             f"{path} is refused: its pickle asks for {error}, and a memory snapshot holds plain "
