@@ -119,7 +119,14 @@ def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
     if waiting:
         with _progress(len(waiting)) as bar:
             report = _reporter(bar, len(waiting), json)
-            fresh = run_cases(dataclasses.replace(plan, cases=waiting), report)
+            try:
+                fresh = run_cases(dataclasses.replace(plan, cases=waiting), report)
+            except KeyboardInterrupt:
+                err().print(
+                    f"interrupted; finished cases are in {plan.path}, --resume runs the others",
+                    soft_wrap=True,
+                )
+                raise typer.Exit(130) from None
     by_name = kept | {record.case: record for record in fresh}
     return [by_name[case.name] for case in plan.cases]
 

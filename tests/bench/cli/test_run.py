@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,29 @@ def test_resume_after_a_line_that_was_cut_off_runs_that_case_again(suite: Path) 
     path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:200])
     assert predict(suite, "--resume").exit_code == 0
     assert len({r.case for r in read_records(path)}) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
+def test_ctrl_c_says_how_to_go_on_and_resume_finishes(suite: Path) -> None:
+    command = [sys.executable, "-m", "bench", "run", str(suite), "--device", "predict"]
+    command += ["--results", str(suite.parent / "results")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    assert ": ok" in process.stderr.readline()  # the first case has finished
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    finished = results_of(suite).read_text().splitlines()
+    assert 1 <= len(finished) <= 4
+    if process.returncode != 0:  # it may have been at its end
+        assert process.returncode == 130
+        assert stdout == ""
+        assert stderr.splitlines()[-1].startswith("interrupted; finished cases are in ")
+    assert predict(suite, "--resume").exit_code == 0
+    after = results_of(suite).read_text().splitlines()
+    assert after[: len(finished)] == finished
+    assert len(after) == 4
 
 
 def test_another_card_gets_its_own_file_and_capacity(suite: Path) -> None:
