@@ -24,6 +24,7 @@ class Fit:
     fits: bool
     oom_at_event: int | None
     reserved_peak_bytes: int
+    reserved_end_bytes: int
 
 
 def fit(trace: Trace, capacity_bytes: int, device_total_bytes: int | None = None) -> Fit:
@@ -52,6 +53,7 @@ def fit(trace: Trace, capacity_bytes: int, device_total_bytes: int | None = None
         fits=oom_at_event is None,
         oom_at_event=oom_at_event,
         reserved_peak_bytes=allocator.reserved_peak_bytes,
+        reserved_end_bytes=allocator.reserved_bytes,
     )
 
 

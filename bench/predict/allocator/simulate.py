@@ -154,16 +154,17 @@ def needs_bytes(events: Iterable[Event], settings: AllocatorSettings | None = No
 
     What is promised: they complete at the figure returned and run out of memory at 2 MiB less.
     Fragmentation can make completion come and go as capacity grows, so a still smaller capacity
-    may complete by luck. Found by bisection between the peak of active bytes, below which nothing
-    can complete, and the reserved peak without limit. 0 if nothing is allocated.
+    may complete by luck. Found by bisection between the peak of requested bytes alive, below which
+    nothing can complete (active bytes may be fewer in a tighter run, where other blocks are split),
+    and the reserved peak without limit. 0 if nothing is allocated.
     """
     events = list(events)
     settings = settings or AllocatorSettings()
-    free_run = simulate(events, None, settings)
-    if not free_run.peak_active_bytes:
+    alive = _peak_alive_bytes(events)
+    if not alive:
         return 0
-    too_small = (free_run.peak_active_bytes - 1) // _GRANULE_BYTES * _GRANULE_BYTES
-    enough = _granules(free_run.peak_reserved_bytes)
+    too_small = (alive - 1) // _GRANULE_BYTES * _GRANULE_BYTES
+    enough = _granules(simulate(events, None, settings).peak_reserved_bytes)
     shared = settings.per_process_memory_fraction < 1.0
     if shared:  # the process's share of the capacity has to be enough, not the capacity
         enough = _granules(int(enough / settings.per_process_memory_fraction) + 1)
@@ -178,8 +179,21 @@ def needs_bytes(events: Iterable[Event], settings: AllocatorSettings | None = No
             enough = middle
         else:
             # A run that never reserved more than this would have gone the same way with this.
-            enough = max(_granules(run.peak_reserved_bytes), too_small + _GRANULE_BYTES)
+            enough = _granules(run.peak_reserved_bytes)
     return enough
+
+
+def _peak_alive_bytes(events: Iterable[Event]) -> int:
+    sizes: dict[Any, int] = {}
+    alive = highest = 0
+    for event in events:
+        if event[0] == "alloc":
+            sizes[event[1]] = event[2]
+            alive += event[2]
+            highest = max(highest, alive)
+        elif event[0] == "free":
+            alive -= sizes.pop(event[1], 0)
+    return highest
 
 
 def _granules(size_bytes: int) -> int:

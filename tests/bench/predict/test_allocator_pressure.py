@@ -59,6 +59,13 @@ class TestOversize:
         assert allocator.reserved_bytes == 44 * MIB + 100 * MIB
         assert allocator.num_alloc_retries == 0
 
+    def test_no_more_of_them_than_suffice_exactly(self) -> None:
+        allocator = CachingAllocator(200 * MIB, self.settings)
+        for block in [take(allocator, size * MIB) for size in (50, 60, 50)]:
+            allocator.free(block)
+        take(allocator, 110 * MIB)  # 60 + 50
+        assert allocator.reserved_bytes == 50 * MIB + 110 * MIB
+
     def test_or_else_everything(self) -> None:
         allocator = CachingAllocator(100 * MIB, self.settings)
         for block in [take(allocator, size * MIB) for size in (44, 30)]:
