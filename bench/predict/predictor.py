@@ -81,10 +81,20 @@ def predict(
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "process_bytes": result.peak_reserved_bytes + card.context_bytes if fits else None,
         "parts": asdict(_parts(trace, result, card)),
-        "uncalibrated": uncalibrated_parts(bare.events, case.cudnn_benchmark),
+        "uncalibrated": (
+            *uncalibrated_parts(bare.events, case.cudnn_benchmark),
+            *_not_as_on_cuda(case, device_type),
+        ),
         "phases": {name: asdict(_peaks(peaks)) for name, peaks in result.phases.items()},
         "peak_holders": [asdict(h) for h in peak_holders(trace, result.peak_allocated_at_event)],
     }
+
+
+def _not_as_on_cuda(case: Case, device_type: str) -> tuple[str, ...]:
+    """Name what the CPU's operators cannot tell of CUDA's."""
+    if device_type == "cpu" and case.precision != "fp32":
+        return ("mixed precision (traced as the CPU runs it)",)
+    return ()
 
 
 def _oom_reason(needed: int, card: Card) -> str:

@@ -151,6 +151,13 @@ def test_cublas_keeps_a_workspace_of_known_size(card: str, size: int) -> None:
     assert filled.events == [("alloc", 0, size, 0)]
 
 
+def test_mixed_precision_traced_on_the_cpu_says_so() -> None:
+    card = find_card("v100-32gb")
+    said = "mixed precision (traced as the CPU runs it)"
+    assert said in predict(fcn(precision="bf16"), card, "cpu", SETTINGS)["uncalibrated"]
+    assert said not in predict(fcn(), card, "cpu", SETTINGS)["uncalibrated"]
+
+
 def test_what_rests_on_an_estimate_is_named() -> None:
     convolution = [("convolution", 1, "half", SITE)]
     assert uncalibrated_parts([], False) == ("context",)
