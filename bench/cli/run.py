@@ -16,7 +16,7 @@ from bench.environment import read_environment
 from bench.errors import MembenchError
 from bench.predict.cards import Card, find_card
 from bench.record import Record, results_file
-from bench.runner import Backend, Progress, Run, finished_cases, run_cases
+from bench.runner import Backend, Progress, Run, finished_cases, make_writable, run_cases
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -80,10 +80,10 @@ def _run(
     cases = suite.cases(volumes=volumes, spacing=spacing, glob=glob)
     environment = read_environment(suite=suite.name, suite_hash=suite.digest)
     if use_cuda(device):
-        backend = measured_backend(find_card(card_name) if card_name else None)
+        backend, why = measured_backend(find_card(card_name) if card_name else None), ""
     else:
         card = _card_to_predict(suite, card_name)
-        backend = _predicted(card)
+        backend, why = predicted_backend(card)
         environment = dataclasses.replace(environment, card_hash=card.digest())
     plan = Run(
         cases=cases,
@@ -91,6 +91,9 @@ def _run(
         environment=environment,
         path=results_file(results, backend.card, suite.name, backend.evidence),
     )
+    make_writable(plan.path)
+    if backend.tracer == "cpu":
+        err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True)
     return _execute(plan, resume, json), plan.path
 
 
@@ -99,13 +102,6 @@ def _card_to_predict(suite: Suite, named: str | None) -> Card:
     if name is None:
         raise MembenchError(f"suite {suite.name} names no card: choose one with --card")
     return find_card(name)
-
-
-def _predicted(card: Card) -> Backend:
-    backend, why = predicted_backend(card)
-    if backend.tracer == "cpu":
-        err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True)
-    return backend
 
 
 def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
