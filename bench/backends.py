@@ -6,6 +6,7 @@ from typing import Literal
 
 from bench.environment import allocator_settings
 from bench.errors import MembenchError
+from bench.predict.alloc_conf import parse_alloc_conf
 from bench.predict.cards import Card
 from bench.predict.shim import choose_tracer, gpu_visible
 from bench.runner import Backend, usable_cores
@@ -34,7 +35,10 @@ def predicted_backend(card: Card) -> tuple[Backend, str]:
     """Return how to predict for ``card``, and why the tracer is the one it is.
 
     Compiles the tracer's library once, here, so that the workers do not race to do it.
+    Raises MembenchError for allocator settings that torch would refuse.
     """
+    settings = allocator_settings()
+    parse_alloc_conf(settings)  # refused here, once, rather than by every case
     tracer, why = choose_tracer()
     backend = Backend(
         evidence="predicted",
@@ -43,7 +47,7 @@ def predicted_backend(card: Card) -> tuple[Backend, str]:
         workers=min(usable_cores(), _WORKERS_LIMIT),
         reuse=True,
         child_environment={"MEMBENCH_WORKER_TRACER": tracer, "OMP_NUM_THREADS": "1"},
-        request={"card": card.to_dict(), "allocator_settings": allocator_settings()},
+        request={"card": card.to_dict(), "allocator_settings": settings},
         tracer=tracer,
     )
     return backend, why

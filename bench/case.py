@@ -62,6 +62,7 @@ class Case:
     time_limit_s: float = 600.0
     volumes: tuple[str, ...] = ()  # names of the files this shape came from
     paper: PaperFigure | None = None
+    baseline: str | None = None  # the variant to which its suite takes ratios
     position: int = 0  # place in its suite: records lie in the order in which cases finished
 
     @property
@@ -98,7 +99,7 @@ class Case:
 
     def digest(self) -> str:
         """Return a short hash of all that shapes the figures, so not of the paper's figure."""
-        aside = ("paper", "volumes", "position")
+        aside = ("paper", "volumes", "baseline", "position")
         data = {k: v for k, v in self.to_definition().items() if k not in aside}
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -20,6 +20,7 @@ __all__ = ["Child", "ChildCrashError", "ChildTimeoutError"]
 
 _START_LIMIT_S = 300.0  # torch's import from a cold network disk
 _FINISH_LIMIT_S = 10.0
+_WAIT_S = 3600.0  # of one select, which refuses what a suite may set as its time limit
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -96,9 +97,11 @@ class Child:
         descriptor = self._process.stdout.fileno()
         while b"\n" not in self._unread:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
+            if remaining <= 0:
                 self.close()
                 raise ChildTimeoutError(f"no answer within its time limit of {limit_s:g} s")
+            if not select.select([descriptor], [], [], min(remaining, _WAIT_S))[0]:
+                continue
             chunk = os.read(descriptor, 1 << 20)
             if not chunk:
                 raise self._crashed()

@@ -16,7 +16,7 @@ from typing import Literal
 
 from bench import nvml
 from bench.errors import MembenchError
-from bench.predict.cards import all_cards, card_name_for_gpu, user_cards_folder
+from bench.predict.cards import all_cards, card_files, card_name_for_gpu, user_cards_folder
 from bench.predict.shim import (
     ShimUnavailable,
     cache_folder,
@@ -212,5 +212,5 @@ def _cards() -> Check:
     except MembenchError as error:
         advice = "correct the file or move it away; no card can be used meanwhile"
         return Check(name="cards folder", state="problem", found=str(error), advice=advice)
-    own = len(list(folder.glob("*.json")))
+    own = len(card_files(folder))
     return Check(name="cards folder", state="ok", found=f"{folder}: {own} of {len(cards)} cards")

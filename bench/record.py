@@ -210,17 +210,24 @@ def results_file(folder: Path, card: str, suite: str, evidence: Evidence) -> Pat
 def append_record(path: Path, record: Record) -> None:
     """Append one line, in one write, and have it on disk when this returns.
 
-    A line that a killed run left unfinished is closed first, so it costs only itself.
+    A line that a killed run left unfinished is closed first, so it costs only itself. Raises
+    MembenchError when the file takes no more, as on a full disk.
     """
     line = record.to_json() + "\n"
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise MembenchError(
+            f"cannot write the record of {record.case} to {path}: {error.strerror or error}; "
+            "the records before it are kept: mend that and go on with --resume"
+        ) from None
 
 
 def read_records(path: Path) -> Iterator[Record]:

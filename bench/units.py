@@ -34,7 +34,8 @@ _HOW_TO = "write 24GiB, 512MiB or plain bytes"
 def parse_bytes(text: str) -> int:
     """Return the bytes that ``text`` names: "24GiB", "24 GiB", "512MiB", "17179869184".
 
-    GiB, MiB and KiB are base 2, GB is 10^9; a fraction ("1.5GiB") must be whole bytes.
+    GiB, MiB and KiB are base 2, GB is 10^9. A fraction, as torch prints it ("31.73GiB"), is rounded
+    down to whole bytes; plain bytes have none.
 
     Errors: MembenchError for anything else. "MB" is refused: it means 10^6 to some and 2^20 to
     others.
@@ -50,7 +51,7 @@ def parse_bytes(text: str) -> int:
             why = "MB means 10^6 bytes to some and 2^20 to others"
         raise MembenchError(f"{text!r} is not a size in bytes: {why}; {_HOW_TO}")
     size = Decimal(number) * factor
-    if size != int(size):
+    if not unit and size != int(size):
         raise MembenchError(f"{text!r} is not a whole number of bytes: {_HOW_TO}")
     return int(size)
 

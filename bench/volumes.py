@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import MembenchError
+from bench.shapes import MAX_SIDE
 
 __all__ = ["Spacing", "Volume", "find_volumes", "parse_spacing", "read_volume", "resample_shape"]
 
@@ -49,9 +50,12 @@ def find_volumes(folder: Path) -> list[Volume]:
     Raises MembenchError for a folder that is missing or holds no images, and for the first file
     that ``read_volume`` refuses.
     """
-    if not folder.is_dir():
-        raise MembenchError(f"no folder {folder} to take volumes from")
-    paths = sorted(_image_files(folder))
+    try:
+        if not folder.is_dir():
+            raise MembenchError(f"no folder {folder} to take volumes from")
+        paths = sorted(_image_files(folder))
+    except OSError as error:
+        raise MembenchError(f"cannot search {folder} for volumes: {error.strerror}") from None
     if not paths:
         raise MembenchError(
             f"no image volumes (*.nii, *.nii.gz, labels aside) in {folder} or its subfolders"
@@ -187,10 +191,18 @@ def _millimetres(text: str) -> float | None:
 def resample_shape(volume: Volume, spacing: Spacing) -> tuple[int, int, int]:
     """Return the shape ``volume`` has once resampled to ``spacing``: round(n * old / new) a side.
 
-    A side that would vanish keeps one voxel. Halves round to even, as numpy rounds.
+    A side that would vanish keeps one voxel. Halves round to even, as numpy rounds. Raises
+    MembenchError for a side that would be over ``MAX_SIDE``.
     """
-    x, y, slices = (
-        max(1, round(side * old / new))
+    sides = [
+        side * old / new
         for side, old, new in zip(volume.shape, volume.spacing, spacing, strict=True)
-    )
+    ]
+    if max(sides) > MAX_SIDE:
+        millimetres = ",".join(f"{new:g}" for new in spacing)
+        raise MembenchError(
+            f"spacing {millimetres} makes a side of {max(sides):.6g} voxels of {volume.path}, "
+            f"over the limit of {MAX_SIDE}"
+        )
+    x, y, slices = (max(1, round(side)) for side in sides)
     return x, y, slices

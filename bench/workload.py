@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.case import Case
 from bench.errors import MembenchError, nearest
-from bench.losses import LOSSES
+from bench.losses import LOSSES, check_loss
 from memsave import networks
 from memsave.errors import MemsaveError
 from memsave.mixed_precision import MixedPrecision
@@ -42,8 +42,8 @@ class Workload:
     """What a case runs. ``step`` is one training step, or one prediction of a volume."""
 
     model: nn.Module
-    images: Tensor  # (batch, channels, x, y, slices)
-    target: Tensor | None  # (batch, x, y, slices) class indices; None in mode "infer"
+    images: Tensor  # (batch, channels, *sides), sides in the order in which the network takes them
+    target: Tensor | None  # class indices (batch, *sides) or a mask; None in mode "infer"
     loss: Callable[[Tensor, Tensor], Tensor] | None
     optimizer: torch.optim.Optimizer | None
     precision: MixedPrecision
@@ -105,19 +105,29 @@ def _build(case: Case) -> Workload:
     model.train(training)
     optimizer = _build_optimizer(case, model, techniques) if training else None
     spec = networks.find_network(case.network)
-    channels = int(case.network_options.get("in_channels", spec.in_channels))
-    classes = int(case.network_options.get("classes", spec.classes))
-    images = torch.randn(case.batch_size, channels, *case.shape)
-    target = torch.randint(classes, (case.batch_size, *case.shape)) if training else None
+    size = (case.network_options, case.batch_size, case.shape)
+    images = torch.randn(spec.image_shape(*size))
+    target = _random_target(spec, *size) if training else None
+    if training:
+        check_loss(case.loss, spec.target)
     return Workload(
         model=model,
         images=images,
         target=target,
-        loss=_find(LOSSES, case.loss, "loss") if training else None,
+        loss=LOSSES[case.loss] if training else None,
         optimizer=optimizer,
         precision=MixedPrecision(case.precision, device_type=device.type),
         techniques=techniques,
     )
+
+
+def _random_target(
+    spec: networks.NetworkSpec, options: dict[str, Any], batch_size: int, shape: tuple[int, ...]
+) -> Tensor:
+    sides = spec.target_shape(options, batch_size, shape)
+    if spec.target == "mask":
+        return torch.randint(2, sides, dtype=torch.float32)
+    return torch.randint(spec.output_channels(options), sides)
 
 
 def _technique(name: str, options: dict[str, Any]) -> tuple[Technique, Any]:

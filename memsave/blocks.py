@@ -10,6 +10,7 @@ Source: Wang, Oda, Mori, "Organ Segmentation From Full-size CT Images Using Memo
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from memsave.errors import OptionError, UnknownNameError
 from memsave.in_place_abn import InPlaceABN
+from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
 
 __all__ = [
     "BLOCKS",
@@ -32,6 +34,8 @@ __all__ = [
     "find_block",
     "find_norm",
     "in_place_abn_norm",
+    "in_place_group_norm",
+    "in_place_instance_norm",
 ]
 
 REDUCTION = 4  # K of the paper: how far bottleneck and CCBlock reduce their output channels
@@ -63,10 +67,28 @@ def in_place_abn_norm(channels: int, spatial_dims: int = 3) -> InPlaceABN:  # no
     return InPlaceABN(channels)
 
 
+def in_place_group_norm(channels: int, spatial_dims: int = 3) -> InPlaceGroupNorm:  # noqa: ARG001
+    """Group norm of up to 8 groups, then leaky ReLU 0.01, in place: ``InPlaceGroupNorm``.
+
+    The groups are the greatest common divisor of 8 and the channels. Memory: as in-place ABN.
+    """
+    return InPlaceGroupNorm(math.gcd(8, channels), channels)
+
+
+def in_place_instance_norm(channels: int, spatial_dims: int = 3) -> InPlaceInstanceNorm:  # noqa: ARG001
+    """Instance norm with weights, then leaky ReLU 0.01, in place: ``InPlaceInstanceNorm``.
+
+    Memory: as in-place ABN.
+    """
+    return InPlaceInstanceNorm(channels, affine=True)
+
+
 # name in a suite file -> factory of activation and norm
 NORMS: dict[str, NormAct] = {
     "batch_norm": batch_norm,
     "inplace_abn": in_place_abn_norm,
+    "inplace_group_norm": in_place_group_norm,
+    "inplace_instance_norm": in_place_instance_norm,
 }
 
 

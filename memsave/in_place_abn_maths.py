@@ -17,7 +17,9 @@ from torch import Tensor
 __all__ = [
     "Activation",
     "activate_",
+    "activation_backward",
     "backward_",
+    "channels_at_once",
     "compute_dtype",
     "invert_",
     "normalise_",
@@ -90,7 +92,7 @@ def invert_(z: Tensor, activation: Activation, param: float) -> None:
         z.clamp_(min=0).add_(negative)
 
 
-def _activation_backward(dz: Tensor, z: Tensor, activation: Activation, param: float) -> Tensor:
+def activation_backward(dz: Tensor, z: Tensor, activation: Activation, param: float) -> Tensor:
     """Return the gradient of y, in a tensor of its own unless the activation is the identity."""
     dy = dz
     if activation == "leaky_relu":
@@ -114,7 +116,7 @@ def backward_(
 
     Channels are independent of each other, so a few at a time keep the temporaries small.
     """
-    step = _channels_at_once(z, parts=PARTS * scale.itemsize // z.itemsize)
+    step = channels_at_once(z)
     per_channel = (1, -1) + (1,) * (z.dim() - 2)
     whole = (z, dz, *(t.view(per_channel) for t in (scale, shift, rstd)))
     sums = []
@@ -139,7 +141,7 @@ def _backward_part_(
     """Overwrite some channels of z with their gradient; a function, so that its tensors die."""
     dtype = channel[0].dtype
     y = z.to(dtype)  # z itself, unless half
-    dy = _activation_backward(dz.to(dtype), y, activation, activation_param)
+    dy = activation_backward(dz.to(dtype), y, activation, activation_param)
     invert_(y, activation, activation_param)
     sums = _norm_backward_(y, dy, channel, batch_statistics)
     if y is not z:
@@ -147,8 +149,10 @@ def _backward_part_(
     return sums
 
 
-def _channels_at_once(z: Tensor, parts: int) -> int:
+def channels_at_once(z: Tensor) -> int:
+    """Return how many channels of ``z`` (N, C, *) to work on together."""
     channels = max(1, z.shape[1])
+    parts = PARTS * compute_dtype(z).itemsize // z.itemsize
     step = max(math.ceil(channels / parts), SMALL_ELEMENTS * channels // max(1, z.numel()))
     # Channels last: neighbours in memory are read together or wasted.
     return min(channels, step if z.is_contiguous() else max(step, 16))

@@ -24,8 +24,10 @@ from memsave.errors import OptionError, UnknownNameError
 __all__ = [
     "TECHNIQUES",
     "CheckpointOptions",
+    "CheckpointStepsOptions",
     "NamesBlocks",
     "NoOptions",
+    "TakesSteps",
     "Technique",
     "find_technique",
     "parse_options",
@@ -59,6 +61,15 @@ class NamesBlocks(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesSteps(Protocol):
+    """A recurrent network, which keeps a state for every so many of its steps."""
+
+    def checkpoint_every(self, steps: int | None) -> None:
+        """Recompute all between the states kept; None keeps everything."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class NoOptions:
     """For a technique that has none."""
@@ -79,6 +90,17 @@ class CheckpointOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointStepsOptions:
+    """How often a recurrent network keeps its state."""
+
+    every: int = 1  # steps from one state kept to the next
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise OptionError(f"every must be 1 or more steps, got {self.every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Technique:
     """One way to spend less memory, as a suite file names it. ``options`` is a frozen dataclass."""
 
@@ -95,8 +117,8 @@ class Technique:
     )
 
 
-def _use_in_place_abn(network_options: Mapping[str, Any], _options: NoOptions) -> dict[str, Any]:
-    return {**network_options, "norm": "inplace_abn"}
+def _use_norm(norm: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
+    return lambda network_options, _options: {**network_options, "norm": norm}
 
 
 def _checkpoint_blocks(model: nn.Module, options: CheckpointOptions) -> nn.Module:
@@ -106,6 +128,16 @@ def _checkpoint_blocks(model: nn.Module, options: CheckpointOptions) -> nn.Modul
             raise UnknownNameError("checkpointable block", name, names)
     for name in options.blocks or names[:: options.every]:
         checkpoint_block(model.get_submodule(name))
+    return model
+
+
+def _checkpoint_steps(model: nn.Module, options: CheckpointStepsOptions) -> nn.Module:
+    if not isinstance(model, TakesSteps):
+        raise OptionError(
+            f"{type(model).__name__} takes no steps to checkpoint: use this technique on a "
+            "recurrent network such as conv_lstm, or the technique checkpoint on this one"
+        )
+    model.checkpoint_every(options.every)
     return model
 
 
@@ -131,7 +163,21 @@ TECHNIQUES: dict[str, Technique] = _table(
         summary="BatchNorm and leaky ReLU over their input; backward inverts the result",
         exact=False,  # gradients come from the inverted result: within rounding, see the module
         source="Rota Bulo et al., CVPR 2018, arXiv:1712.02616",
-        build=_use_in_place_abn,
+        build=_use_norm("inplace_abn"),
+    ),
+    Technique(
+        name="inplace_group_norm",
+        summary="group norm (up to 8 groups) and leaky ReLU over their input, as inplace_abn",
+        exact=False,
+        source="Wu and He, ECCV 2018, arXiv:1803.08494, by the maths of arXiv:1712.02616",
+        build=_use_norm("inplace_group_norm"),
+    ),
+    Technique(
+        name="inplace_instance_norm",
+        summary="instance norm and leaky ReLU over their input, as inplace_abn",
+        exact=False,
+        source="Ulyanov et al., arXiv:1607.08022, by the maths of arXiv:1712.02616",
+        build=_use_norm("inplace_instance_norm"),
     ),
     Technique(
         name="checkpoint",
@@ -140,6 +186,14 @@ TECHNIQUES: dict[str, Technique] = _table(
         source="Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174",
         options=CheckpointOptions,
         module=_checkpoint_blocks,
+    ),
+    Technique(
+        name="checkpoint_steps",
+        summary="keep every k-th state of a recurrent network and run its steps again in backward",
+        exact=True,
+        source="Gruslys et al., Memory-Efficient Backpropagation Through Time, arXiv:1606.03401",
+        options=CheckpointStepsOptions,
+        module=_checkpoint_steps,
     ),
 )
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_the_suites_the_cards_the_shims_source_and_the_types(tmp_path: Path) -> None:
+def test_a_wheel_carries_suites_cards_the_shims_source_and_types(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)],
         check=True,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from bench import __version__
+from bench.cli.console import is_terminal
 
 __all__ = ["app", "main"]
 
@@ -16,6 +18,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Its boxes fold an error at 80 columns when piped.
+    rich_markup_mode="rich" if is_terminal(sys.stderr) else None,
 )
 
 
@@ -37,6 +41,7 @@ def _root(
 def _register() -> None:
     """Add every command, in the order of ``membench --help``."""
     from bench.cli.doctor import doctor
+    from bench.cli.infer import infer
     from bench.cli.list import list_
     from bench.cli.replay import replay
     from bench.cli.report import report
@@ -47,6 +52,7 @@ def _register() -> None:
     app.command()(report)
     app.command("list")(list_)
     app.command()(replay)
+    app.command()(infer)
     app.command()(doctor)
     app.command()(schema)
 

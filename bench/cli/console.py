@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import TextIO
 
 import typer
 from rich.console import Console
@@ -13,15 +14,20 @@ from rich.markup import escape
 
 from bench.errors import MembenchError
 
-__all__ = ["err", "out", "user_errors"]
+__all__ = ["err", "is_terminal", "out", "user_errors"]
 
 _PIPED_WIDTH = 400  # no table of ours is wider; rich would otherwise fold at 80 columns
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether ``stream`` is a terminal; a standard stream that is closed is None in Python."""
+    return stream is not None and stream.isatty()
 
 
 @cache
 def out() -> Console:
     """Return the console on stdout: results. Never folded when piped."""
-    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+    return Console(width=None if is_terminal(sys.stdout) else _PIPED_WIDTH, highlight=False)
 
 
 @cache

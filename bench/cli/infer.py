@@ -84,7 +84,7 @@ def _print(result: Inference) -> None:
     for line in (*_what_was_found(result), *_what_it_took(result)):
         out().print(line, soft_wrap=True, markup=False)
     out().print(_stages(result))
-    for note in dict.fromkeys(note for reading in result.memory for note in reading.notes):
+    for note in _notes(result):
         out().print(note, soft_wrap=True, markup=False)
     if result.output is not None:
         out().print(f"labels: {result.output}", soft_wrap=True, markup=False)
@@ -152,6 +152,14 @@ def _stages(result: Inference) -> Table:
             reading.evidence + (f" ({reading.tracer})" if reading.tracer else ""),
         )
     return table
+
+
+def _notes(result: Inference) -> list[str]:
+    estimated = dict.fromkeys(part for reading in result.memory for part in reading.uncalibrated)
+    notes = dict.fromkeys(note for reading in result.memory for note in reading.notes)
+    if estimated:
+        return [f"estimates, not measured on this card: {', '.join(estimated)}", *notes]
+    return list(notes)
 
 
 def _size(size_bytes: int | None) -> str:

@@ -134,7 +134,8 @@ def _print_table(title: str, rows: list[Row]) -> None:
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in rows[0] if rows else ():
-        table.add_column(_heading(column))
+        # Names are for copying: never cut, nor folded while anything else can be.
+        table.add_column(_heading(column), overflow="fold", no_wrap=column == "name")
     for row in rows:
         table.add_row(*(Text(_cell(column, value)) for column, value in row.items()))
     out().print(table)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench.backends import Device, measured_backend, predicted_backend, use_cuda
-from bench.cli.console import err, out, user_errors
+from bench.cli.console import err, is_terminal, out, user_errors
 from bench.environment import read_environment
 from bench.errors import MembenchError
 from bench.predict.cards import Card, find_card
 from bench.record import Record, results_file
-from bench.runner import Backend, Progress, Run, finished_cases, make_writable, run_cases
+from bench.runner import Progress, Run, finished_cases, make_writable, run_cases
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -80,7 +80,7 @@ def _run(
     cases = suite.cases(volumes=volumes, spacing=spacing, glob=glob)
     environment = read_environment(suite=suite.name, suite_hash=suite.digest)
     if use_cuda(device):
-        backend, why = measured_backend(find_card(card_name) if card_name else None), ""
+        backend, why = measured_backend(find_card(card_name) if card_name is not None else None), ""
     else:
         card = _card_to_predict(suite, card_name)
         backend, why = predicted_backend(card)
@@ -93,12 +93,12 @@ def _run(
     )
     make_writable(plan.path)
     if backend.tracer == "cpu":
-        err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True)
+        err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True, markup=False)
     return _execute(plan, resume, json), plan.path
 
 
 def _card_to_predict(suite: Suite, named: str | None) -> Card:
-    name = named or suite.card
+    name = suite.card if named is None else named
     if name is None:
         raise MembenchError(f"suite {suite.name} names no card: choose one with --card")
     return find_card(name)
@@ -121,6 +121,7 @@ def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
                 err().print(
                     f"interrupted; finished cases are in {plan.path}, --resume runs the others",
                     soft_wrap=True,
+                    markup=False,
                 )
                 raise typer.Exit(130) from None
     by_name = kept | {record.case: record for record in fresh}
@@ -143,7 +144,8 @@ def _progress(total: int) -> Bar:
         TimeRemainingColumn(),
         console=err(),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        redirect_stdout=False,  # rich would take the JSON records to stderr, where the bar is
+        disable=not is_terminal(sys.stderr),
     )
     bar.add_task("starting", total=total)
     return bar
@@ -161,10 +163,9 @@ def _reporter(bar: Bar, total: int, json: bool) -> Callable[[Progress], None]:
             return
         done += 1
         bar.update(task, completed=done)
-        if not sys.stderr.isatty():
-            print(
-                f"[{done}/{total}] {progress.case.name}: {progress.record.status}", file=sys.stderr
-            )
+        if not is_terminal(sys.stderr):
+            line = f"[{done}/{total}] {progress.case.name}: {progress.record.status}"
+            err().print(line, soft_wrap=True, markup=False)
         if json:
             _print_json(progress.record)
 
@@ -188,4 +189,4 @@ def _print_table(records: list[Record], path: Path) -> None:
         err().print(
             f"{record.case}: {record.status}: {record.reason}", soft_wrap=True, markup=False
         )
-    out().print(f"records: {path}", soft_wrap=True)
+    out().print(f"records: {path}", soft_wrap=True, markup=False)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.errors import MembenchError, nearest
+from bench.predict.folders import expanded
 
 __all__ = [
     "Card",
@@ -26,6 +27,7 @@ __all__ = [
     "ConvolutionWorkspace",
     "WorkspaceRule",
     "all_cards",
+    "card_files",
     "find_card",
     "user_cards_folder",
 ]
@@ -211,10 +213,21 @@ class _Fields:
 def user_cards_folder() -> Path:
     """Return the folder of the user's own cards, whether or not it exists."""
     if named := os.environ.get("MEMBENCH_CARDS"):
-        return Path(named).expanduser()
+        return expanded("MEMBENCH_CARDS", named)
     if settings := os.environ.get("XDG_CONFIG_HOME"):
         return Path(settings) / "membench" / "cards"
-    return Path.home() / ".config" / "membench" / "cards"
+    try:
+        return Path.home() / ".config" / "membench" / "cards"
+    except RuntimeError:  # a user without a home folder
+        return Path("/nonexistent")
+
+
+def card_files(folder: Path) -> list[Path]:
+    """Return the card files of a folder; none in another user's, which cannot be searched."""
+    try:
+        return sorted(folder.glob("*.json"))
+    except PermissionError:
+        return []
 
 
 def all_cards() -> dict[str, Card]:
@@ -236,10 +249,10 @@ def find_card(name: str) -> Card:
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, Card]]:
-    for path in sorted(folder.glob("*.json")):
+    for path in card_files(folder):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise MembenchError(f"{path}: the card cannot be read: {error}") from None
         card = Card.from_dict(data, where=str(path))
         if card.name != path.stem:

@@ -22,8 +22,8 @@ namespace {
 constexpr c10::DeviceIndex kOnlyDevice = 0;
 
 // The release that convolution and attention are told of: new enough that no operator takes the
-// path it keeps for an old cuDNN. 9.10.0, the generation that torch 2.11 to 2.13 ship with.
-constexpr long kCudnnVersion = 91000;
+// path it keeps for an old cuDNN, or around the faults of 9.8 to 9.14. torch 2.11 ships 9.19.
+constexpr long kCudnnVersion = 91900;
 
 c10::Device only_device() {
   return c10::Device(c10::DeviceType::CUDA, kOnlyDevice);

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bench.errors import MembenchError, nearest
+from bench.predict.folders import expanded
 from bench.record import Tracer
 
 __all__ = [
@@ -100,9 +101,12 @@ def _assigned_literals(source: str) -> dict[str, Any]:
 def find_compiler() -> list[str]:
     """Return the command of a C++ compiler: ``$CXX``, else g++, c++ or clang++ from the path.
 
-    Raises ShimUnavailable when there is none.
+    Raises ShimUnavailable when there is none, or when ``$CXX`` cannot be read as a command.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:  # a quote that is not closed
+        raise ShimUnavailable(f"CXX={os.environ['CXX']} is no command: {error}") from None
     for command in [named, *([name] for name in _COMPILERS)]:
         if command and shutil.which(command[0]) is not None:
             return command
@@ -129,10 +133,13 @@ def cache_folder() -> Path:
 def wanted_cache_folder() -> Path:
     """Return the cache folder that the environment names, whether or not it can be written."""
     if named := os.environ.get("MEMBENCH_CACHE"):
-        return Path(named).expanduser()
+        return expanded("MEMBENCH_CACHE", named)
     if caches := os.environ.get("XDG_CACHE_HOME"):
         return Path(caches) / "membench"
-    return Path.home() / ".cache" / "membench"
+    try:
+        return Path.home() / ".cache" / "membench"
+    except RuntimeError:  # a user without a home folder
+        return _temporary_cache_folder()
 
 
 def _temporary_cache_folder() -> Path:

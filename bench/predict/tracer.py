@@ -6,23 +6,22 @@ workspaces) is left in as a named event and filled in by ``bench.predict.workspa
 
 Two things are attributed besides bytes: the module and source line of the code that allocated.
 During backward both are those of the forward operation whose gradient is being computed, found
-by the sequence number that autograd gives each node.
+by the sequence number that autograd gives each node; but where a person's own code runs within
+backward (a hook, a custom Function, what a checkpoint recomputes) the line is the one that runs.
 """
 
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -35,6 +34,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.errors import MembenchError
+from bench.predict.source_lines import asked_by_grad_scaler, user_line
 from bench.record import Category
 
 __all__ = ["Event", "Site", "Trace", "TraceError", "Tracer"]
@@ -44,13 +44,10 @@ Event = tuple[Any, ...]
 ``("convolution", operand_bytes, "float32" | "half", site)`` or ``("cublas", stream, site)``."""
 
 _aten = torch.ops.aten
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = (__file__, "<")  # frames of the tracer itself and of generated code
-_GRAD_SCALER = str(Path(torch.__file__).parent / "amp" / "grad_scaler.py")
-_OPTIMIZERS = str(Path(torch.__file__).parent / "optim")
 _MATRIX_PRODUCTS = frozenset(
     {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv, _aten.addbmm}
 )
+_REDUCTIONS = frozenset({_aten.sum, _aten.nansum, _aten.mean, _aten.prod})
 
 
 class TraceError(MembenchError):
@@ -88,6 +85,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[weakref.ref[Any], int, int]] = {}  # storage -> (ref, id, bytes)
         self._forward_sites: dict[int, Site] = {}  # autograd sequence number -> site
         self._module_names: dict[int, str] = {}
+        self._module_lines: dict[str, str] = {}  # where the forward called the module
         self._module_stack: list[str] = []
         self._cublas_seen = False
         self._recording = True
@@ -106,10 +104,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         try:
             result = func(*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            if func is _aten._local_scalar_dense.default and _asked_by_grad_scaler():
+            if func is _aten._local_scalar_dense.default and asked_by_grad_scaler():
                 return 0.0  # "no infinities found": the step is not skipped
             raise TraceError(
-                f"{_user_line()}: {func} needs a value that a predicted step does not have; "
+                f"{user_line()}: {func} needs a value that a predicted step does not have; "
                 "keep .item(), .tolist(), nonzero() and sizes that depend on data out of the step"
             ) from error
         packet = func.overloadpacket
@@ -121,6 +119,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if packet in _MATRIX_PRODUCTS:
                 self._cublas(site)
             self._record_result(result, site)
+            if packet in _REDUCTIONS and _is_on(args[0], self.device_type):
+                self._reduction(args[0], result, site)
         return result
 
     @contextmanager
@@ -185,7 +185,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._record_result(part, site)
 
     def _record_tensor(self, tensor: Tensor, site: Site) -> None:
-        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != self.device_type:
+        if not _is_on(tensor, self.device_type):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -204,10 +204,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         trace.sites.append(site)
         trace.categories.append("temporary")
         return identity
-
-    def _temporary(self, size: int, site: Site) -> None:
-        """Allocate and release at once what an operator's inside uses."""
-        self.trace.events.append(("free", self._alloc(size, site)))
 
     def _on_death(self, key: int) -> Callable[[Any], None]:
         def dead(_: Any) -> None:
@@ -235,41 +231,58 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- libraries --------------------------------------------------------------------------
 
     def _convolution(self, args: tuple[Any, ...], result: Any, site: Site) -> None:
-        self._contiguous_copies(args[:1], site)
+        source, weight = args[:2]
+        dense = _operand_format(source, weight)
+        copies = self._copies((source,), dense, site)
         self._record_result(result, site)
+        copies += self._copies((weight,), dense, site)
         if not _runs_without_cudnn(self.device_type, *args[:9]):
-            self._workspace((args[0], result), site)
+            self._workspace((source, result), site)
+        self._release(copies)
 
     def _convolution_backward(self, args: tuple[Any, ...], result: Any, site: Site) -> None:
         gradient, source, weight = args[:3]
         input_gradient, weight_gradient, bias_gradient = result
         native = _runs_without_cudnn(self.device_type, source, weight, None, *args[4:10])
-        self._contiguous_copies((gradient,), site)
+        dense = _operand_format(source, weight)
+        copies = self._copies((source,), dense, site) if weight_gradient is not None else []
+        copies += self._copies((gradient,), dense, site)
         self._record_result(input_gradient, site)
-        if input_gradient is not None and not native:
-            self._workspace((gradient, input_gradient), site)
+        if input_gradient is not None:
+            weight_copy = self._copies((weight,), dense, site)
+            if not native:
+                self._workspace((gradient, input_gradient), site)
+            self._release(weight_copy)
         self._record_result(weight_gradient, site)
         if weight_gradient is not None and not native:
             self._workspace((gradient, source), site)
+        self._release(copies)
         self._record_result(bias_gradient, site)
 
     def _workspace(self, operands: tuple[Tensor, ...], site: Site) -> None:
         kind = "float32" if operands[0].dtype in (torch.float32, torch.float64) else "half"
         self.trace.events.append(("convolution", sum(_bytes(t) for t in operands), kind, site))
 
-    def _contiguous_copies(self, operands: tuple[Any, ...], site: Site) -> None:
-        """cuDNN reads dense operands only; torch copies the others first."""
-        for tensor in operands:
-            dense = tensor.is_contiguous() or (
-                tensor.dim() in (4, 5)
-                and tensor.is_contiguous(
-                    memory_format=torch.channels_last
-                    if tensor.dim() == 4
-                    else torch.channels_last_3d
-                )
-            )
-            if not dense:
-                self._temporary(_bytes(tensor), site)
+    def _copies(
+        self, operands: tuple[Tensor, ...], dense: torch.memory_format, site: Site
+    ) -> list[int]:
+        """Copy what cuDNN cannot read as it lies; torch holds the copies for the whole call."""
+        copied = [t for t in operands if not t.is_contiguous(memory_format=dense)]
+        return [self._alloc(_bytes(tensor), _copy_in(site)) for tensor in copied]
+
+    def _release(self, identities: list[int]) -> None:
+        self.trace.events.extend(("free", identity) for identity in identities)
+
+    def _reduction(self, source: Tensor, result: Tensor, site: Site) -> None:
+        """A sum in a wider type, as of a mask in int64, is the sum of a copy in that type.
+
+        But for the one pair of types that CUDA's kernels read as they are: half into float32.
+        """
+        half = source.dtype in (torch.float16, torch.bfloat16)
+        read = self.device_type == "cuda" and half and result.dtype == torch.float32
+        if source.dtype != result.dtype and not read:
+            size = source.numel() * result.element_size()
+            self._release([self._alloc(size, _copy_in(site))])
 
     def _cublas(self, site: Site) -> None:
         if not self._cublas_seen:
@@ -282,26 +295,47 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = torch._C._current_autograd_node()
         operator = str(func)
         if node is None:
-            site = Site(
-                self._module_stack[-1] if self._module_stack else "", operator, _user_line()
-            )
+            site = Site(self._module_stack[-1] if self._module_stack else "", operator, user_line())
             # The node of this operator, if it gets one, was numbered just before we were called;
             # operators without a node follow it and must not take its place.
             self._forward_sites.setdefault(torch._C._autograd._get_sequence_nr() - 1, site)
             return site
-        forward = self._forward_sites.get(node._sequence_nr())
+        line = user_line()
         if self._module_stack:  # a checkpoint recomputes its modules
-            return Site(self._module_stack[-1], operator, _user_line())
+            module = self._module_stack[-1]
+            return Site(module, operator, line or self._module_lines.get(module, ""))
+        forward = self._forward_sites.get(node._sequence_nr())
         if forward is None:
-            return Site("", operator, "")
-        return Site(forward.module, operator, forward.source_line)
+            return Site("", operator, line)
+        return Site(forward.module, operator, line or forward.source_line)
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
-        self._module_stack.append(self._module_names.get(id(module), type(module).__name__))
+        name = self._module_names.get(id(module), type(module).__name__)
+        self._module_stack.append(name)
+        if torch._C._current_autograd_node() is None:
+            self._module_lines[name] = user_line()
 
     def _leave_module(self, _module: nn.Module, _args: Any, _result: Any) -> None:
         if self._module_stack:
             self._module_stack.pop()
+
+
+def _is_on(tensor: Tensor, device_type: str) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == device_type
+
+
+def _copy_in(site: Site) -> Site:
+    return replace(site, operator=f"{site.operator} (copy inside)")
+
+
+def _operand_format(source: Tensor, weight: Tensor) -> torch.memory_format:
+    """Return how cuDNN is given its operands: channels last as soon as one of the two is."""
+    if source.dtype != torch.float64:
+        for tensor in (source, weight):
+            suggested = suggest_memory_format(tensor)
+            if suggested != torch.contiguous_format:
+                return suggested
+    return torch.contiguous_format
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -315,45 +349,3 @@ def _runs_without_cudnn(device_type: str, *convolution: Any) -> bool:
         return "Cudnn" not in str(torch._C._select_conv_backend(*convolution))
     depthwise = groups > 1 and groups == source.shape[1] and weight.shape[0] % groups == 0
     return bool(depthwise and source.dim() == 5 and not transposed)
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _asked_by_grad_scaler() -> bool:
-    """Whether GradScaler itself reads the scalar, to decide on skipping the step.
-
-    The optimizer's step that it then calls is not excused.
-    """
-    for frame in _frames():
-        name = frame.f_code.co_filename
-        if name == _GRAD_SCALER:
-            return True
-        if name != __file__ and (name.startswith(_OPTIMIZERS) or not name.startswith(_TORCH)):
-            return False
-    return False
-
-
-def _user_line() -> str:
-    """``file.py:12`` of the innermost frame that is neither torch's nor the tracer's."""
-    for frame in _frames():
-        name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, *_OURS)):
-            return f"{_short(name)}:{frame.f_lineno}"
-    return ""
-
-
-_shortened: dict[str, str] = {}
-
-
-def _short(filename: str) -> str:
-    """Return the path from the import root, as ``memsave/blocks.py``: the same on every machine."""
-    if filename not in _shortened:
-        roots = [root for root in sys.path if root and filename.startswith(root.rstrip("/") + "/")]
-        root = max(roots, key=len, default="")
-        _shortened[filename] = filename[len(root.rstrip("/")) + 1 :] if root else filename
-    return _shortened[filename]

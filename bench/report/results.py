@@ -46,12 +46,16 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     """Return every file once, in the order given."""
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            found += sorted(path.rglob("*.jsonl"))
-        elif path.exists():
-            found.append(path)
-        else:
-            raise MembenchError(
-                f"{path} does not exist: give a .jsonl file that membench run wrote, or a folder"
-            )
+        try:
+            if path.is_dir():
+                found += sorted(path.rglob("*.jsonl"))
+            elif path.exists():
+                found.append(path)
+            else:
+                raise MembenchError(
+                    f"{path} does not exist: give a .jsonl file that membench run wrote, "
+                    "or a folder"
+                )
+        except OSError as error:
+            raise MembenchError(f"cannot read results {path}: {error.strerror}") from None
     return list({file.resolve(): file for file in found}.values())

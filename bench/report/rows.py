@@ -193,10 +193,13 @@ def _compared(record: Record) -> tuple[object, ...]:
 
 
 def _baseline_variants(records: Sequence[Record]) -> dict[str, str]:
-    """Return network -> the variant named ``baseline``, else the first one."""
+    """Return network -> the suite's baseline variant; else one named ``baseline``, or the first."""
     baselines: dict[str, str] = {}
     for record in records:
-        if record.variant == BASELINE:
+        named = record.definition.get("baseline")
+        if named is not None:
+            baselines[record.network] = named
+        elif record.variant == BASELINE:
             baselines[record.network] = BASELINE
         else:
             baselines.setdefault(record.network, record.variant)

@@ -200,12 +200,14 @@ def _case(suite: SuiteFile, draft: Draft) -> Case:
         precision=draft.precision,
         network_options=entry.options,
         techniques=tuple(TechniqueUse(name=t.name, options=t.options) for t in entry.techniques),
-        loss=training.loss,
+        loss=draft.row.loss,
+        steps=training.steps,
         optimizer=training.optimizer.name,
         optimizer_options=training.optimizer.options,
         cudnn_benchmark=suite.cudnn_benchmark,
         time_limit_s=entry.time_limit_s or suite.time_limit_s,
         volumes=draft.requested.volumes,
+        baseline=suite.baseline,
         paper=suite.paper.figure(figure) if suite.paper and figure else None,
     )
 

@@ -150,11 +150,11 @@ def load_suite(path_or_name: str) -> Suite:
 
     Raises SuiteError, one line naming file, line and field, for the first mistake.
     """
-    path = _find(path_or_name)
     try:
+        path = _find(path_or_name)
         content = path.read_bytes()
     except OSError as error:
-        raise SuiteError(f"cannot read suite {path}: {error.strerror}") from None
+        raise SuiteError(f"cannot read suite {path_or_name}: {error.strerror}") from None
     document = read_document(path, content)
     file = check_form(document)
     rows, mistakes = find_rows(file)

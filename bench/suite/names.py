@@ -11,12 +11,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.errors import MembenchError, nearest
 from bench.shapes import Shape
 from bench.suite.document import Mistake, Place
 from bench.suite.schema import AnyEntry, SuiteFile, Training
+
+if TYPE_CHECKING:
+    from memsave.networks import NetworkSpec
 
 __all__ = ["Row", "find_rows", "name_mistakes"]
 
@@ -30,6 +33,7 @@ class Row:
     entry: AnyEntry
     spatial_dims: int
     divisor: Shape
+    loss: str
 
 
 class _Wrong(Exception):
@@ -62,7 +66,7 @@ def find_rows(suite: SuiteFile) -> tuple[list[Row], list[Mistake]]:
     mistakes: list[Mistake] = []
     for place, network, entry in _entries(suite):
         try:
-            rows.append(_row(place, network, entry))
+            rows.append(_row(place, network, entry, suite.training))
         except _Wrong as wrong:
             mistakes.append(wrong.mistake)
     return rows, mistakes
@@ -75,7 +79,7 @@ def _entries(suite: SuiteFile) -> Iterator[tuple[Place, str, AnyEntry]]:
         yield ("include", i), included.network, included
 
 
-def _row(place: Place, network: str, entry: AnyEntry) -> Row:
+def _row(place: Place, network: str, entry: AnyEntry, shared: Training) -> Row:
     from memsave.networks import NETWORKS
 
     key = "network" if place[0] == "include" else "name"
@@ -85,8 +89,16 @@ def _row(place: Place, network: str, entry: AnyEntry) -> Row:
     _check_keys(place, entry.options, f"no option of {network}", options, type(entry).model_fields)
     if entry.training is not None:
         _check_training(entry.training, (*place, "training"))
+    loss = _loss(*_training(place, entry, shared), spec)
     built_with = _build(place, network, entry)
-    return Row(place, network, entry, spec.spatial_dims, spec.divisor(built_with))
+    return Row(place, network, entry, spec.spatial_dims, spec.divisor(built_with), loss)
+
+
+def _training(place: Place, entry: AnyEntry, shared: Training) -> tuple[Place, Training]:
+    """Return the training of a row and where it stands: the row's own, else the suite's."""
+    if entry.training is None:
+        return ("training",), shared
+    return (*place, "training"), entry.training
 
 
 def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
@@ -117,7 +129,8 @@ def _check_training(training: Training, place: Place) -> None:
     from bench.losses import LOSSES
     from bench.workload import OPTIMIZERS
 
-    _check_known((*place, "loss"), "unknown loss", training.loss, LOSSES)
+    if training.loss is not None:
+        _check_known((*place, "loss"), "unknown loss", training.loss, LOSSES)
     optimizer, place = training.optimizer, (*place, "optimizer")
     _check_known((*place, "name"), "unknown optimizer", optimizer.name, OPTIMIZERS)
     known = inspect.signature(OPTIMIZERS[optimizer.name][0]).parameters
@@ -127,6 +140,19 @@ def _check_training(training: Training, place: Place) -> None:
         if not _fits(value, known[key].default):
             text = f"{value!r} will not do; the usual value is {known[key].default!r}"
             raise _Wrong(Mistake((*place, key), text))
+
+
+def _loss(place: Place, training: Training, spec: NetworkSpec) -> str:
+    """Return the loss a row trains with, checked against what its network is trained towards."""
+    from bench.losses import LOSSES, check_loss
+
+    if training.loss is None:
+        return spec.loss
+    if training.loss not in LOSSES:  # said once, where the name stands
+        return training.loss
+    with _pointing((*place, "loss"), {}):
+        check_loss(training.loss, spec.target)
+    return training.loss
 
 
 def _fits(value: Any, usual: Any) -> bool:

@@ -68,7 +68,8 @@ def _inplane(text: str) -> str:
 def _figure(value: Any) -> Any:
     """Accept 3.7, "> 32" and "~30.2"; keep them as text."""
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not _FIGURE.fullmatch(text):
+    match = _FIGURE.fullmatch(text) if isinstance(text, str) else None
+    if match is None or not Decimal(match[2]):  # ratios are taken to it, so none is 0
         raise ValueError(f"a paper's figure is 3.7, '> 32' or '~30.2', got {value!r}")
     return text
 
@@ -154,8 +155,11 @@ AnyOptimizer = Annotated[
 class Training(_Strict):
     """What one training step minimises, and with what."""
 
-    loss: str = "cross_entropy+dice"
+    loss: str | None = Field(default=None, description="If none, the loss of the network's paper.")
     optimizer: AnyOptimizer = OptimizerEntry(name="adam")
+    steps: Annotated[int, Field(gt=0)] = Field(
+        default=2, description="Steps that memory is taken over; the second has optimizer state."
+    )
 
 
 class AnyEntry(_Optioned):

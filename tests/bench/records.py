@@ -14,7 +14,7 @@ GIB = 2**30
 
 _OF_CASE = (
     *("network", "variant", "requested_shape", "shape", "mode", "batch_size", "precision"),
-    *("paper", "position", "volumes"),
+    *("paper", "position", "volumes", "baseline"),
 )
 
 

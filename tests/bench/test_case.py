@@ -30,6 +30,7 @@ FULL: dict[str, Any] = {
     "time_limit_s": 12.5,
     "volumes": ("head.nii.gz",),
     "paper": PaperFigure(text="> 32 GB", relation=">", bytes=32 * 10**9),
+    "baseline": "double_conv",
     "position": 5,
 }
 

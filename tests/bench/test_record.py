@@ -112,6 +112,17 @@ def test_appended_records_are_read_in_their_order(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 3
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_the_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 - closed by append_record
+    monkeypatch.setattr(Path, "open", lambda *_: full)
+    with pytest.raises(MembenchError) as error:
+        append_record(path, make_record())
+    assert f"to {path}: No space left on device; " in str(error.value)
+    assert "--resume" in str(error.value)
+
+
 @pytest.mark.parametrize("settings_line", ["{", '{"ca', '{"case":"fcn'])
 def test_a_line_cut_right_after_its_start_is_left_out(tmp_path: Path, settings_line: str) -> None:
     path = tmp_path / "r.jsonl"

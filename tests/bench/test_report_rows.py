@@ -97,6 +97,15 @@ def test_the_baseline_is_the_variant_of_that_name_wherever_it_stands() -> None:
     assert ratio_text(rows["first"].ratio) == "0.50"
 
 
+def test_the_suites_own_baseline_comes_before_any_name() -> None:
+    rows = rows_of(
+        make_record(variant="baseline", baseline="second"),
+        make_record(variant="second", baseline="second", process_bytes=2 * GIB),
+    )
+    assert rows["baseline"].baseline is rows["second"].record
+    assert ratio_text(rows["baseline"].ratio) == "1.75"  # 3.5 GiB over 2
+
+
 def test_without_that_name_the_baseline_is_the_first_variant_of_the_suite() -> None:
     """First by its place in the suite: records lie in the order in which cases finished."""
     rows = rows_of(

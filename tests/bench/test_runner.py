@@ -95,6 +95,11 @@ def test_a_hanging_case_is_ended_at_its_time_limit(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 30
 
 
+def test_a_time_limit_longer_than_select_can_wait_is_a_time_limit(tmp_path: Path) -> None:
+    (record,) = run_cases(run_of(tmp_path / "s.jsonl", "a", limit_s=1e300), ignore)
+    assert record.status == "ok"
+
+
 def test_a_child_that_cannot_start_fails_its_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_wrong_key_or_value(tmp_path: Path, old: str, new: str, message: str) 
         ("precision: fp61", ".precision: 'fp61' is not 'fp32', 'fp16' or 'bf16'"),
         ("mode: tarin", ".mode: 'tarin' is not 'train' or 'infer'"),
         ("batch: 0", ".batch: should be greater than 0, got 0"),
-        ("norm: grop", ".norm: unknown norm 'grop' (known: batch_norm, inplace_abn)"),
+        ("norm: grop", ".norm: unknown norm 'grop' ("),
         ("levels: 0", ".levels: levels must be an integer of 1 or more, got 0"),
         ("widths: [8, x]", ".widths: each of widths must be an integer of 1 or more, got 'x'"),
         ("time_limit_s: -1", ".time_limit_s: should be greater than 0, got -1"),
@@ -122,11 +122,11 @@ def test_a_wrong_key_or_value(tmp_path: Path, old: str, new: str, message: str) 
         ("techniques: [{every: 2}]", ".techniques[0]: 'name' is missing"),
         (
             "techniques: [checkpont]",
-            ".techniques[0]: unknown technique 'checkpont' (did you mean 'checkpoint'?)",
+            ".techniques[0]: unknown technique 'checkpont' (did you mean 'checkpoint'",
         ),
         (
             "techniques: [inplace_abn, {name: checkpont}]",
-            ".techniques[1].name: unknown technique 'checkpont' (did you mean 'checkpoint'?)",
+            ".techniques[1].name: unknown technique 'checkpont' (did you mean 'checkpoint'",
         ),
         (
             "techniques: [{name: checkpoint, evry: 2}]",
@@ -148,12 +148,15 @@ def test_a_wrong_key_or_value(tmp_path: Path, old: str, new: str, message: str) 
         ),
         (
             "training: {loss: dise}",
-            ".training.loss: unknown loss 'dise' (did you mean 'dice'?)",
+            ".training.loss: unknown loss 'dise' (did you mean 'dice'",
         ),
     ],
 )
 def test_a_wrong_option_of_a_row(tmp_path: Path, options: str, message: str) -> None:
-    assert refusal(tmp_path, with_row(options)) == f"line 6: matrix.networks[1]{message}"
+    """Where names are offered, the nearest comes first; how many there are is not ours to say."""
+    told = refusal(tmp_path, with_row(options))
+    assert told.startswith(f"line 6: matrix.networks[1]{message}")
+    assert message.endswith(("'", "(")) or told.endswith(message)
 
 
 def test_a_misspelt_card_is_told_with_near_names(tmp_path: Path) -> None:
@@ -306,6 +309,10 @@ def test_a_wrong_part_beside_the_rows(tmp_path: Path, added: str, message: str) 
             "baseline.96x96x96: a paper's figure is 3.7, '> 32' or '~30.2', got '< 3'",
         ),
         (
+            "baseline: {96x96x96: '~0.0'}",
+            "baseline.96x96x96: a paper's figure is 3.7, '> 32' or '~30.2', got '~0.0'",
+        ),
+        (
             "baseline: {96x96x96: true}",
             "baseline.96x96x96: a paper's figure is 3.7, '> 32' or '~30.2', got True",
         ),
@@ -388,3 +395,16 @@ def test_a_suite_that_is_not_there_is_told_with_near_names(name: str, message: s
     with pytest.raises(SuiteError) as error:
         load_suite(name)
     assert str(error.value) == message
+
+
+def test_a_suite_that_no_file_system_can_name_is_told() -> None:
+    with pytest.raises(SuiteError) as error:
+        load_suite("a" * 300)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_does_not_fit_what_a_network_is_trained_towards(tmp_path: Path) -> None:
+    told = refusal(tmp_path, with_row("training: {loss: binary_cross_entropy}"))
+    assert told.startswith(
+        "line 6: matrix.networks[1].training.loss: loss 'binary_cross_entropy' takes mask"
+    )

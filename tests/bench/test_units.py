@@ -40,7 +40,6 @@ def test_sizes_are_read_in_the_unit_they_name(text: str, size_bytes: int) -> Non
         ("-1GiB", "not a size"),
         ("1e9", "unit 'e' is not known|not a size"),
         ("1.5", "whole number of bytes"),
-        ("0.3KiB", "whole number of bytes"),
         ("nan", "not a size"),
         ("\u0661GiB", "not a size"),
         ("9" * 30, "not a size"),
@@ -83,3 +82,8 @@ def test_what_is_written_is_within_half_a_place_of_the_size(size_bytes: int) -> 
     place = 0.1 if "." in number or float(number) < 9.95 else 1.0
     # Half a place, and a little for the division's own rounding.
     assert abs(float(number) - size_bytes / factor) <= place / 2 + 1e-9 * float(number)
+
+
+def test_a_fraction_of_a_unit_is_rounded_down_to_whole_bytes() -> None:
+    assert parse_bytes("0.3KiB") == 307  # of 307.2
+    assert parse_bytes("31.73GiB") == 34_069_828_075  # of 34,069,828,075.52, torch's V100

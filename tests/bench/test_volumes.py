@@ -217,6 +217,24 @@ def test_a_shape_is_resampled_as_the_paper_does(tmp_path: Path) -> None:
     assert resample_shape(volume, (100.0, 100.0, 100.0)) == (1, 1, 1)
 
 
+def test_a_spacing_that_makes_an_absurd_side_is_refused(tmp_path: Path) -> None:
+    volume = read_volume(write(tmp_path / "k.nii", (10, 20, 30), SLICES_FIRST), "k")
+    for x in (1e-5, 1e-308):  # 30 * 0.8 / 1e-5 = 2.4e6; the other is infinite
+        with pytest.raises(MembenchError, match="over the limit of 65536"):
+            resample_shape(volume, (x, 1.0, 1.0))
+
+
+def test_a_folder_that_cannot_be_searched_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> bool:  # as below a folder of another user's; root is never refused
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(MembenchError, match=r"cannot search .* for volumes: Permission denied"):
+        find_volumes(tmp_path)
+
+
 def test_spacing_is_three_positive_numbers() -> None:
     assert parse_spacing("1.62,1.62, 3") == (1.62, 1.62, 3.0)
 

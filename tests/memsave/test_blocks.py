@@ -72,6 +72,7 @@ def test_unknown_names_are_refused_with_near_ones() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown block 'sepcon'.*'sepconv'"):
         find_block("sepcon")
     with pytest.raises(
-        UnknownNameError, match=r"unknown norm 'xyz'.*known: batch_norm, inplace_abn"
+        UnknownNameError,
+        match=r"unknown norm 'xyz.*known: batch_norm, inplace_abn, inplace_group_norm",
     ):
         find_norm("xyz")

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 import memsave
 from memsave.errors import InputError, OptionError, UnknownNameError
 from memsave.in_place_abn import InPlaceABN, in_place_abn
-from memsave.in_place_abn_maths import SMALL_ELEMENTS
+from memsave.in_place_abn_maths import (
+    SMALL_ELEMENTS,
+    activate_,
+    backward_,
+    compute_dtype,
+    normalise_,
+    scale_and_shift,
+)
 from tests.memsave.kept_bytes import LiveBytes, saved_bytes
 
 N, C, D, H, W = 2, 6, 3, 5, 4
@@ -36,56 +43,70 @@ def test_conv_chain_keeps_one_activation_fewer_than_batch_norm_and_leaky_relu() 
     assert difference == N * C * D * H * W * 4 + C * 4
 
 
+def _peak_of_plain_backward(z: Tensor) -> int:
+    """Bytes on top of z and dz; the operator would hide what happens inside of it."""
+    dz, numbers = torch.ones_like(z), torch.ones(64, dtype=compute_dtype(z))
+    with LiveBytes() as live:
+        backward_(z, dz, numbers, numbers, numbers, True, "leaky_relu", 0.01)
+    peak: int = live.peak_bytes
+    return peak
+
+
 @pytest.mark.parametrize(
     ("dtype", "temporaries"), [(torch.float32, 2), (torch.float16, 3), (torch.float64, 2)], ids=str
 )
-def test_backward_needs_eighths_of_the_activation(
+def test_plain_backward_needs_eighths_of_the_activation(
     dtype: torch.dtype, temporaries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient takes z's place, so only temporaries of ``nbytes / 8`` come on top."""
     monkeypatch.setattr("memsave.in_place_abn_maths.SMALL_ELEMENTS", 0)
-    x = torch.randn(1, 64, 5000).to(dtype).requires_grad_()
-    abn = InPlaceABN(64)
-    z = abn(x.clone())
-    dz = torch.ones_like(z)
-    with LiveBytes() as live:
-        torch.autograd.backward(z, dz, inputs=[abn.weight])
-    # Of a channel: scale and shift, the sums, and a handful of numbers for the part at hand.
-    assert 0 <= live.peak_bytes - temporaries * x.nbytes // 8 < 64 * 8 * 8
+    z = torch.randn(1, 64, 5000).to(dtype)
+    # Of a channel: the sums, and a handful of numbers for the part at hand.
+    assert 0 <= _peak_of_plain_backward(z) - temporaries * z.nbytes // 8 < 64 * 8 * 8
 
 
-def test_backward_takes_channels_last_sixteen_channels_at_a_time(
+def test_plain_backward_takes_channels_last_sixteen_channels_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of 64: two temporaries of a quarter, where an eighth would read memory by halves."""
     monkeypatch.setattr("memsave.in_place_abn_maths.SMALL_ELEMENTS", 0)
-    x = torch.randn(1, 64, 50, 100).to(memory_format=torch.channels_last).requires_grad_()
+    z = torch.randn(1, 64, 50, 100).to(memory_format=torch.channels_last)
+    assert 0 <= _peak_of_plain_backward(z) - 2 * z.nbytes // 4 < 64 * 4 * 8
+
+
+def test_plain_backward_takes_a_small_activation_in_one_piece() -> None:
+    """Up to 2**20 elements: two temporaries as large as it is."""
+    z = torch.randn(1, 64, SMALL_ELEMENTS // 64)
+    assert 0 <= _peak_of_plain_backward(z) - 2 * z.nbytes < 64 * 4 * 8
+
+
+def test_backward_gives_out_the_parameters_gradients_alone() -> None:
+    """Two numbers a channel on the CPU: no buffer of the kernels, no activation."""
+    x = torch.randn(1, 64, 5000, requires_grad=True)
     abn = InPlaceABN(64)
     z = abn(x.clone())
     dz = torch.ones_like(z)
     with LiveBytes() as live:
         torch.autograd.backward(z, dz, inputs=[abn.weight])
-    assert 0 <= live.peak_bytes - 2 * x.nbytes // 4 < 64 * 4 * 8
-
-
-def test_backward_takes_a_small_activation_in_one_piece() -> None:
-    """Up to 2**20 elements: two temporaries as large as it is."""
-    x = torch.randn(1, 64, SMALL_ELEMENTS // 64, requires_grad=True)
-    z = InPlaceABN(64)(x * 1)
-    dz = torch.ones_like(z)
-    with LiveBytes() as live:
-        torch.autograd.backward(z, dz)
-    assert 0 <= live.peak_bytes - 2 * x.nbytes < 64 * 4 * 8
+    assert live.peak_bytes == 2 * 64 * 4
 
 
 def test_forward_has_no_temporary() -> None:
-    """Of C = 64 channels only: scale, |weight|, shift, mean, 1/std."""
-    x = torch.randn(1, 64, 5000)
-    abn = InPlaceABN(64)
+    """Plain maths, of C = 64 channels only: |weight| and scale, shift, mean, 1/std."""
+    x, weight, bias = torch.randn(1, 64, 5000), torch.ones(64), torch.zeros(64)
+    with LiveBytes() as live:
+        scale, shift = scale_and_shift(x, weight, bias, 1e-5)
+        normalise_(x, scale, shift, None, None, True, 0.1, 1e-5)
+        activate_(x, "leaky_relu", 0.01)
+    assert 0 < live.peak_bytes <= 64 * 4 * 5
+
+
+def test_forward_is_one_operator_that_makes_one_number_a_channel() -> None:
+    x, abn = torch.randn(1, 64, 5000), InPlaceABN(64)
     with LiveBytes() as live, torch.no_grad():
         z = abn(x)
     assert z.data_ptr() == x.data_ptr()
-    assert 0 < live.peak_bytes <= 64 * 4 * 5
+    assert live.peak_bytes == 64 * 4
 
 
 def test_the_input_is_overwritten_and_returned() -> None:
@@ -192,6 +213,77 @@ def test_a_producer_that_needs_its_output_is_refused() -> None:
     loss = InPlaceABN(3)(torch.sigmoid(x)).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(loss)
+
+
+def test_a_later_reader_of_the_input_is_refused() -> None:
+    """A pre-activation residual: it would add z where the network means x."""
+    conv, abn = nn.Conv1d(3, 3, 1), InPlaceABN(3)
+    x = conv(torch.randn(2, 3, 8))
+    y = abn(x)
+    with pytest.raises(InputError, match=r"add reads the input of an in-place norm after"):
+        x + y
+    with pytest.raises(InputError, match=r"conv1d reads the input .* give the norm a copy"):
+        conv(x)
+    assert x.shape == y.shape  # what tells of it without its values may be asked
+    assert repr(x) == "Overwritten(shape=(2, 3, 8))"
+
+
+def test_an_earlier_reader_of_the_input_that_kept_it_is_refused() -> None:
+    conv = nn.Conv1d(3, 3, 1)
+    x = torch.randn(2, 3, 8, requires_grad=True) * 1
+    branch = conv(x)
+    loss = (InPlaceABN(3)(x) + branch).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(loss)
+
+
+def test_an_expanded_input_is_refused() -> None:
+    with pytest.raises(InputError, match=r"expanded here \(strides \(0, 4, 1\)\).*clone"):
+        InPlaceABN(3)(torch.randn(1, 3, 4).expand(2, 3, 4))
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
+def test_a_skip_made_before_or_after_gets_its_gradient_whole(early: bool) -> None:
+    """Before, of the norm's input, by an operation that keeps nothing; after, of its result."""
+    torch.manual_seed(0)
+    leaf = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    norm, abn = nn.BatchNorm1d(3).double(), InPlaceABN(3).double()
+    with torch.no_grad():
+        norm.weight.add_(abn.eps)
+
+    def run(layer: nn.Module) -> Tensor:
+        x = leaf * 2
+        skip = x + 1 if early else None
+        z = layer(x)
+        loss: Tensor = (z + (z * 3 if skip is None else skip)).sigmoid().sum()
+        return loss
+
+    plain = nn.Sequential(norm, nn.LeakyReLU(0.01))
+    (expected,) = torch.autograd.grad(run(plain), leaf)
+    (actual,) = torch.autograd.grad(run(abn), leaf)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_two_losses_on_one_z_add_up() -> None:
+    x, _ = _loss(InPlaceABN(3))
+    abn = InPlaceABN(3).double()
+    z = abn(x * 1)
+    (together,) = torch.autograd.grad(z.square().sum() + z.sin().sum(), x)
+    z = abn(x * 1)
+    first, second = z.square().sum(), z.sin().sum()
+    (one,) = torch.autograd.grad(first, x, retain_graph=True)
+    (other,) = torch.autograd.grad(second, x)
+    torch.testing.assert_close(one + other, together, rtol=1e-12, atol=1e-14)
+
+
+def test_an_expanded_gradient_is_read() -> None:
+    x, _ = _loss(InPlaceABN(3))
+    weights = torch.randn(3, 1, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(InPlaceABN(3).double()(x * 1), x, dz)[0]
+        for dz in (weights.expand(2, 3, 8), weights.expand(2, 3, 8).contiguous())
+    ]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-13, atol=1e-14)
 
 
 def test_a_later_change_of_z_is_refused() -> None:

@@ -85,6 +85,24 @@ def test_checkpoint_refuses_blocks_that_are_not_there() -> None:
         technique.module(nn.Linear(1, 1), CheckpointOptions())
 
 
+def test_checkpoint_steps_tells_a_recurrent_network_how_often() -> None:
+    technique = find_technique("checkpoint_steps")
+    assert technique.exact
+    model = build("conv_lstm", {"widths": [2, 2]})
+    assert technique.module(model, parse_options(technique, {"every": 4})) is model
+    assert model.steps_per_checkpoint == 4
+    technique.module(model, parse_options(technique, {}))
+    assert model.steps_per_checkpoint == 1
+
+
+def test_checkpoint_steps_refuses_networks_without_steps_and_steps_of_none() -> None:
+    technique = find_technique("checkpoint_steps")
+    with pytest.raises(OptionError, match=r"FCN takes no steps to checkpoint: use .* conv_lstm"):
+        technique.module(FCN(widths=(4, 8)), parse_options(technique, {}))
+    with pytest.raises(OptionError, match="every must be 1 or more steps, got 0"):
+        parse_options(technique, {"every": 0})
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

@@ -6,6 +6,7 @@ from bench.predict.card import (
     ConvolutionWorkspace,
     WorkspaceRule,
     all_cards,
+    card_files,
     find_card,
     user_cards_folder,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "ConvolutionWorkspace",
     "WorkspaceRule",
     "all_cards",
+    "card_files",
     "card_name_for_gpu",
     "find_card",
     "user_cards_folder",

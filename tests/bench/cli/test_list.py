@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from bench.cli import list as command
 from bench.predict.cards import all_cards
 from memsave.networks import NETWORKS
 from memsave.techniques import TECHNIQUES
+
+ROOT = Path(__file__).resolve().parents[3]
 
 app = typer.Typer()
 app.command()(command.list_)
@@ -105,6 +110,24 @@ def test_on_a_terminal_it_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         "calibrated",
     ]
     assert lines[-1].split()[:2] == ["v100-32gb", "Tesla"]
+
+
+def test_on_a_narrow_terminal_names_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    monkeypatch.setattr(command, "out", lambda: console)
+
+    assert invoke("cards").exit_code == 0
+    assert isinstance(console.file, io.StringIO)
+    assert set(all_cards()) <= set(console.file.getvalue().split())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes stdout")
+def test_a_closed_stdout_is_no_error() -> None:
+    command_line = f"exec {shlex.quote(sys.executable)} -m bench list suites >&-"
+    done = subprocess.run(
+        ["sh", "-c", command_line], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_empty_list_is_no_lines() -> None:

@@ -71,6 +71,17 @@ def test_a_path_that_is_not_there_is_one_line(results: Path, tmp_path: Path) -> 
     assert not reports.exists()
 
 
+def test_a_path_that_cannot_be_looked_at_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> bool:  # as below a folder of another user's; root is never refused
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    answer = invoke(tmp_path / "x", "--output", tmp_path / "r")
+    assert_refused(answer, f"cannot read results {tmp_path / 'x'}: Permission denied")
+
+
 def test_a_folder_without_records_is_one_line(tmp_path: Path) -> None:
     assert_refused(invoke(tmp_path, "--output", tmp_path / "r"), "no records in", str(tmp_path))
     assert not (tmp_path / "r").exists()

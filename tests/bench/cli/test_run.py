@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bench.cli import app
+from bench.cli.run import _print_table
 from bench.record import read_records
+from tests.bench.records import make_record
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -132,6 +136,43 @@ def test_json_gives_one_record_a_line_with_the_names_that_scripts_rely_on(suite:
     assert "run" not in result.stdout
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a pseudo-terminal as on Linux")
+def test_json_goes_to_stdout_where_the_bar_is_drawn_on_a_terminal(suite: Path) -> None:
+    """As in ``membench run SUITE --json > records.jsonl`` typed into a terminal."""
+    terminal, stderr = os.openpty()
+    command = [sys.executable, "-m", "bench", "run", str(suite), "--device", "predict", "--json"]
+    command += ["--results", str(suite.parent / "results"), "--case", "*/small/16x16x16/*"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
+    ) as process:
+        os.close(stderr)
+        drawn = b""
+        with suppress(OSError):  # what reading says once nobody holds the other end
+            while chunk := os.read(terminal, 4096):
+                drawn += chunk
+        stdout, _ = process.communicate(timeout=60)
+    os.close(terminal)
+    (line,) = stdout.splitlines()
+    assert json.loads(line)["case"] == "fcn/small/16x16x16/train"
+    assert b"1/1" in drawn
+    assert b"schema_version" not in drawn
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes stderr")
+def test_with_stderr_closed_json_is_still_records_and_nothing_else(suite: Path) -> None:
+    arguments = [sys.executable, "-m", "bench", "run", str(suite), "--device", "predict"]
+    arguments += ["--results", str(suite.parent / "results"), "--json", "--case", "*/small/16x*"]
+    done = subprocess.run(
+        ["sh", "-c", f"exec {shlex.join(arguments)} 2>&-"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert [json.loads(line)["status"] for line in done.stdout.splitlines()] == ["ok", "ok"]
+
+
 def test_the_paper_figure_is_in_the_definition_in_bytes(suite: Path) -> None:
     predict(suite, "--case", "*/small/16x16x16/*")
     (record,) = read_records(results_of(suite))
@@ -231,6 +272,7 @@ def test_a_case_that_cannot_be_run_is_recorded_and_exits_1(suite: Path) -> None:
     ("arguments", "message"),
     [
         (["--card", "v100-33gb"], "v100-32gb"),
+        (["--card", ""], "no card is called ''"),
         (["--case", "nothing*"], "nothing*"),
         (["--volumes", "no-such-folder"], "no-such-folder"),
         (["--spacing", "1,1"], "spacing"),
@@ -256,6 +298,17 @@ def test_a_results_folder_that_cannot_be_written_is_one_line(suite: Path) -> Non
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_allocator_settings_that_torch_would_refuse_are_one_line(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "no_such_option:1")
+    result = predict(suite)
+    assert result.exit_code == 2
+    assert "no_such_option" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (suite.parent / "results").exists()
+
+
 def test_cuda_where_there_is_none_is_one_line(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     result = invoke("run", suite, "--device", "cuda")
@@ -270,18 +323,34 @@ def test_an_unknown_suite_offers_the_shipped_ones() -> None:
     assert "table1" in result.stderr
 
 
-def test_errors_are_not_folded_when_piped(suite: Path) -> None:
+def piped_into_forty_columns(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A real process with pipes, in a narrow terminal's environment."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "run", str(suite), "--card", "x" * 150],
+    return subprocess.run(
+        [sys.executable, "-m", "bench", "run", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "40"},
         check=False,
     )
+
+
+def test_errors_are_not_folded_when_piped(suite: Path) -> None:
+    done = piped_into_forty_columns(str(suite), "--card", "x" * 150)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_misspelt_option_is_not_folded_when_piped(suite: Path) -> None:
+    done = piped_into_forty_columns(str(suite), "--device", "x" * 150)
+    assert done.returncode == 2
+    assert "x" * 150 in done.stderr.splitlines()[-1]
+    assert "'predict'" in done.stderr.splitlines()[-1]
+
+
+def test_a_results_file_is_named_letter_by_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_table([make_record()], Path("my-results/[bold]x.jsonl"))
+    assert capsys.readouterr().out.endswith("records: my-results/[bold]x.jsonl\n")
 
 
 def test_the_command_line_starts_without_torch() -> None:

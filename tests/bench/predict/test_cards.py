@@ -202,6 +202,41 @@ def test_a_card_file_that_is_not_json_is_named(own_cards: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_a_card_file_that_is_nested_beyond_reason_is_named(own_cards: Path) -> None:
+    (own_cards / "mine-8gb.json").write_text("[" * 100_000)
+
+    with pytest.raises(MembenchError, match=r"mine-8gb\.json: the card cannot be read"):
+        all_cards()
+
+
+def test_a_folder_of_own_cards_that_cannot_be_searched_holds_none(
+    own_cards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def glob(folder: Path, pattern: str) -> list[Path]:  # root is never refused
+        if folder == own_cards:
+            raise PermissionError(13, "Permission denied")
+        return list(folder.rglob(pattern))
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert "v100-32gb" in all_cards()
+
+
+def test_own_cards_in_the_home_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMBENCH_CARDS", "~no-such-user/cards")
+    with pytest.raises(MembenchError, match="MEMBENCH_CARDS=~no-such-user/cards: that home"):
+        user_cards_folder()
+
+
+def test_a_user_without_a_home_has_no_own_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MEMBENCH_CARDS")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert "v100-32gb" in all_cards()
+
+
 def test_a_card_file_must_hold_an_object(own_cards: Path) -> None:
     (own_cards / "mine-8gb.json").write_text("[]")
 

@@ -71,6 +71,32 @@ def test_adam_holds_two_moments_and_gradients_are_freed_after_the_step() -> None
     assert "gradient" not in by_category
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16"},
+        {"techniques": (TechniqueUse(name="checkpoint"),)},
+        {"network_options": {"widths": [4, 8], "norm": "inplace_abn"}},
+    ],
+    ids=str,
+)
+def test_when_the_optimizer_begins_each_parameters_gradient_is_called_one(
+    changes: dict[str, Any],
+) -> None:
+    """Known as gradients only then, but called so in backward too: a category is the storage's."""
+    trace, parameters = trace_case(fcn(**changes), "cpu")
+    starts = [i for i, e in enumerate(trace.events) if e == ("phase", "optimizer")]
+    assert len(starts) == 2
+    for start in starts:
+        live = {e[1]: e[2] for e in trace.events[:start] if e[0] == "alloc"}
+        for event in trace.events[:start]:
+            if event[0] == "free":
+                del live[event[1]]
+        gradients = sum(n for i, n in live.items() if trace.categories[i] == "gradient")
+        assert gradients == 4 * parameters
+
+
 def test_prediction_without_gradients_has_one_phase_besides_the_model() -> None:
     card = find_card("v100-32gb")
     infer = predict(fcn(mode="infer"), card, "cpu", SETTINGS)

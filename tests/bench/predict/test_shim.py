@@ -160,6 +160,12 @@ def test_the_compiler_named_by_cxx_goes_first(
     assert find_compiler() == [str(path), "-flag"]
 
 
+def test_a_cxx_that_is_no_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '-O2")
+    with pytest.raises(ShimUnavailable, match=r"CXX=g.*'-O2 is no command: No closing quotation"):
+        find_compiler()
+
+
 def test_without_cxx_the_first_known_compiler_on_the_path_is_taken(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -340,6 +346,18 @@ def unwritable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     return temporary
+
+
+def test_without_a_home_the_cache_is_a_private_temporary_folder(
+    unwritable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MEMBENCH_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert cache_folder() == unwritable / f"membench-{os.getuid()}"
 
 
 def test_an_unwritable_cache_gives_way_to_a_private_temporary_folder(unwritable: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from bench.predict.tracer import Event, Site, Trace, TraceError, Tracer
+from memsave.checkpoint import checkpoint_block
 
 FLOAT = 4  # bytes
 
@@ -155,6 +159,71 @@ def test_what_a_checkpoint_recomputes_is_attributed_to_its_modules() -> None:
     assert convolution.module == "inner"
 
 
+def line_of(text: str) -> str:
+    """``file.py:12`` of the one line of this file that ends with the comment ``# text``."""
+    lines = Path(__file__).read_text().splitlines()
+    (number,) = (n for n, line in enumerate(lines, 1) if line.endswith(f"  # {text}"))
+    return f"tests/bench/predict/test_tracer.py:{number}"
+
+
+def test_a_custom_functions_backward_is_attributed_to_its_own_lines() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+            return gradient * 2  # of backward
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = Doubled.apply(x)  # type: ignore[no-untyped-call]
+            return result
+
+    def step(tracer: Tracer) -> None:
+        model = nn.Sequential(Net())
+        tracer.name_modules(model)
+        x = torch.ones(100, requires_grad=True)
+        model(x).sum().backward()
+
+    products = [s for s in traced(step).sites if s.operator == "aten.mul.Tensor"]
+    assert [s.module for s in products] == ["0", "0"]
+    assert products[1].source_line == line_of("of backward")
+
+
+def test_a_recomputed_module_keeps_the_line_that_called_it_in_forward() -> None:
+    """And not that of whoever asked for the tensor: here a Function's own backward."""
+
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            result: Tensor = gradient + x
+            return result
+
+    class Keeping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = Kept.apply(x)  # type: ignore[no-untyped-call]
+            return result
+
+    def step(tracer: Tracer) -> None:
+        model = nn.Sequential(checkpoint_block(nn.Sequential(nn.Conv3d(1, 4, 3), Keeping())))
+        tracer.name_modules(model)
+        loss = model(torch.ones(1, 1, 8, 8, 8)).sum()  # the call
+        tracer.phase("backward")
+        loss.backward()
+
+    sites = [s for s in traced(step).sites if s.operator == "aten.convolution.default"]
+    assert len(sites) == 2
+    assert set(sites) == {Site("0.0", "aten.convolution.default", line_of("the call"))}
+
+
 def test_a_value_read_in_the_step_is_an_error_that_names_its_line() -> None:
     def step(_: Tracer) -> None:
         torch.ones(3).sum().item()
@@ -220,17 +289,64 @@ def test_convolutions_name_their_activation_operands_for_the_workspace() -> None
     ]
 
 
-def test_a_gradient_that_is_no_dense_tensor_is_copied_before_the_convolution() -> None:
-    """sum's gradient is one expanded number: 0 bytes as a view, the whole activation as a copy."""
+def test_a_gradient_that_is_no_dense_tensor_is_copied_for_the_length_of_the_call() -> None:
+    """sum's gradient is one expanded number: 0 bytes as a view, the whole activation as a copy.
+
+    The copy is there while both gradients and their workspaces are; then the bias is summed.
+    """
 
     def step(tracer: Tracer) -> None:
-        loss = nn.Conv3d(1, 4, 1, bias=False)(torch.ones(1, 1, 8, 8, 8)).sum()
+        image = torch.ones(1, 1, 8, 8, 8, requires_grad=True)
+        loss = nn.Conv3d(1, 4, 1)(image).sum()
         tracer.phase("backward")
         loss.backward()
 
     events = traced(step).events
     backward = events[events.index(("phase", "backward")) :]
-    assert 4 * 512 * FLOAT in [e[2] for e in backward if e[0] == "alloc"]
+    sizes_of = [e[2] if e[0] == "alloc" else e[0] for e in backward]
+    assert sizes_of[2:9] == [
+        *(4 * 512 * FLOAT, 512 * FLOAT, "convolution"),  # the copy, the input's gradient
+        *(4 * FLOAT, "convolution", "free"),  # the weight's gradient, the copy's end
+        4 * FLOAT,  # the bias's gradient
+    ]
+    copy = backward[2][1]
+    assert next(e for e in backward if e[0] == "free") == ("free", copy)
+
+
+def test_a_convolution_reads_its_operands_in_one_layout() -> None:
+    """A weight in channels last takes the image with it, which is copied for the call."""
+
+    def step(tracer: Tracer) -> None:
+        weight = torch.ones(4, 2, 3, 3, 3).to(memory_format=torch.channels_last_3d)
+        image = torch.ones(1, 2, 8, 8, 8)
+        tracer.phase("forward")
+        F.conv3d(image, weight, padding=1)
+        tracer.phase("over")
+        F.conv3d(image.to(memory_format=torch.channels_last_3d), weight, padding=1)
+
+    trace = traced(step)
+    start, end = (trace.events.index(("phase", name)) for name in ("forward", "over"))
+    inside = [e for e in trace.events[start:end] if e[0] == "alloc"]
+    assert [e[2] for e in inside] == [2 * 512 * FLOAT, 4 * 512 * FLOAT]
+    assert trace.sites[inside[0][1]].operator.endswith("(copy inside)")
+    after = [e for e in trace.events[end:] if e[0] == "alloc"]
+    assert not [e for e in after if trace.sites[e[1]].operator.endswith("(copy inside)")]
+
+
+def test_a_sum_in_a_wider_type_copies_what_it_sums() -> None:
+    """The voxels of a mask are counted in int64: 8 bytes for each of them, within the call."""
+
+    def step(_: Tracer) -> None:
+        mask = torch.ones(1000, dtype=torch.bool)
+        mask.sum()
+        del mask
+        torch.ones(1000).sum()
+
+    assert traced(step).events == [
+        *(("alloc", 0, 1000, 0), ("alloc", 1, 8, 0), ("alloc", 2, 8000, 0), ("free", 2)),
+        *(("free", 1), ("free", 0)),
+        *(("alloc", 3, 4000, 0), ("alloc", 4, 4, 0), ("free", 3), ("free", 4)),
+    ]
 
 
 def test_depthwise_3d_convolutions_take_no_workspace() -> None:

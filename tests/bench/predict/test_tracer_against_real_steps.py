@@ -7,8 +7,8 @@ in steps that run on real numbers. Nothing in it is the tracer's: bytes and life
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,6 +29,7 @@ CHECKPOINT = (TechniqueUse(name="checkpoint"),)
 # numerator), and a checkpoint keeps the state of the CPU's random numbers.
 NUMBER_BYTES = 8
 RANDOM_STATE_BYTES = 5056
+BATCH_NORM_CHANNELS = (4 + 8) + (8 + 16) + (4 + 8)  # of the widths 8 and 16, by block
 
 
 def fcn(side: int = 16, **changes: Any) -> Case:
@@ -88,9 +89,7 @@ class Happened:
 class MarkingOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tell the profiler where each operator that the tracer would see begins and ends."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with record_function(f"operator {func}"):
             return func(*args, **(kwargs or {}))
 
@@ -115,7 +114,9 @@ def really(name: str, mark_operators: bool) -> list[Happened]:
         with record_function(f"phase {phase}"):
             pass
 
-    operators = MarkingOperators() if mark_operators else nullcontext()
+    operators: Any = nullcontext()
+    if mark_operators:
+        operators = MarkingOperators()  # type: ignore[no-untyped-call]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread's temporaries have no place in the order of events
     try:
@@ -181,12 +182,20 @@ def live_at_phases(events: list[Happened]) -> list[tuple[str, int]]:
     return found
 
 
+def has_half_batch_norm(case: Case) -> bool:
+    plain = case.network_options.get("norm") != "inplace_abn"
+    return plain and case.precision != "fp32" and case.mode == "train"
+
+
 def kept_beside(case: Case) -> int:
-    """Bytes that backward keeps on the CPU without an operator having made them, see above."""
+    """Bytes that backward keeps on the CPU and the tracer does not see, see above."""
     if case.mode == "infer":
         return 0
     blocks = 2 * len(case.network_options["widths"]) - 1 if case.techniques else 0
-    return NUMBER_BYTES + blocks * RANDOM_STATE_BYTES
+    # torch's rule for fake tensors gives the saved mean and 1/std of native_batch_norm the half
+    # type of its input; the CPU's kernel keeps them in float32. cuDNN's rule has float32.
+    statistics = 2 * 2 * BATCH_NORM_CHANNELS if has_half_batch_norm(case) else 0
+    return NUMBER_BYTES + blocks * RANDOM_STATE_BYTES + statistics
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -199,3 +208,96 @@ def test_as_each_phase_ends_the_very_same_bytes_are_alive(name: str) -> None:
     ]
     assert real == expected
     assert len(real) == 1 + case.steps * (3 if case.mode == "train" else 1) + 1
+
+
+Group = tuple[str, list[tuple[int, int]]]
+"""A kind, and for each event its bytes and, of a release, the group that it was allocated in."""
+
+
+def groups(events: list[Happened], left_out: set[int]) -> list[Group]:
+    """Return the events in order, those of one kind that follow each other as one sorted group.
+
+    Inside of a group the order says nothing: a kernel may make its two results the other way
+    round than it returns them, and what dies with an operator dies in any order.
+    """
+    found: list[Group] = []
+    born: dict[int, int] = {}
+    for event in events:
+        if event.kind in ("operator", "end") or event.storage in left_out:
+            continue
+        kind = event.kind + event.name if event.kind == "phase" else event.kind
+        if not found or found[-1][0] != kind:
+            found.append((kind, []))
+        if event.kind == "alloc":
+            born[event.storage] = len(found)
+            found[-1][1].append((event.size, 0))
+        elif event.kind == "free":
+            found[-1][1].append((event.size, born[event.storage]))
+    return [(kind, sorted(members)) for kind, members in found]
+
+
+def inner_temporaries(events: list[Happened]) -> set[int]:
+    """Return what was allocated and released inside of one operator: the CPU kernel's own."""
+    found: set[int] = set()
+    own: set[int] = set()
+    inside = False
+    for event in events:
+        if event.kind in ("operator", "end"):
+            inside, own = event.kind == "operator", set()
+        elif event.kind == "alloc" and inside:
+            own.add(event.storage)
+        elif event.kind == "free" and event.storage in own:
+            found.add(event.storage)
+    return found
+
+
+def made_by_no_operator(events: list[Happened]) -> set[int]:
+    found: set[int] = set()
+    inside = False
+    for event in events:
+        if event.kind in ("operator", "end"):
+            inside = event.kind == "operator"
+        elif event.kind == "alloc" and not inside:
+            found.add(event.storage)
+    return found
+
+
+def numbers_made_tensors(events: list[Happened]) -> set[int]:
+    """torch.tensor(0.0): allocated by no operator, first seen by the tracer when it is lifted."""
+    return {e.storage for e in events if e.name.startswith("aten.lift_fresh")}
+
+
+def copies_inside(events: list[Happened]) -> set[int]:
+    """What the tracer knows of the insides of operators."""
+    return {e.storage for e in events if e.name.endswith("(copy inside)")}
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not has_half_batch_norm(CASES[n])])
+def test_every_storage_is_allocated_and_released_when_it_really_is(name: str) -> None:
+    """Event by event, but for what lives inside of one CPU kernel or is made by none.
+
+    Not with half-precision batch norm, whose statistics differ, see ``kept_beside``.
+    """
+    real, predicted = really(name, True), traced(name)
+    outside = made_by_no_operator(real)
+    assert {e.size for e in real if e.storage in outside} <= {4, NUMBER_BYTES, RANDOM_STATE_BYTES}
+    expected = groups(real, outside | inner_temporaries(real))
+    left_out = numbers_made_tensors(predicted) | copies_inside(predicted)
+    assert groups(predicted, left_out) == expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_copies_that_reductions_make_inside_are_those_of_the_kernels(name: str) -> None:
+    """Dice counts the voxels of a mask: its sum is that of a copy in int64, on CUDA too."""
+    real, predicted = really(name, True), traced(name)
+    inside, copies, operator = inner_temporaries(real), [], ""
+    for event in real:
+        operator = event.name if event.kind == "operator" else operator
+        if event.kind == "alloc" and event.storage in inside and operator.startswith("aten.sum"):
+            copies.append(event.size)
+    traced_copies = copies_inside(predicted)
+    found = [e.size for e in predicted if e.kind == "alloc" and e.storage in traced_copies]
+    assert found == copies
+    case = CASES[name]
+    voxels = case.batch_size * case.shape[0] ** 3
+    assert copies == ([] if case.mode == "infer" else case.steps * [3 * voxels * 8])

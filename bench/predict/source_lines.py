@@ -1,0 +1,78 @@
+"""Which line of a person's own code an operator was called from."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+import memsave.checkpoint
+
+__all__ = ["asked_by_grad_scaler", "user_line"]
+
+_TORCH = str(Path(torch.__file__).parent)
+# Frames that are nobody's own code: the tracer's, generated ones, the wrapper of a checkpoint.
+_TRACER = str(Path(__file__).with_name("tracer.py"))
+_OURS = (__file__, _TRACER, memsave.checkpoint.__file__, "<")
+_ENGINE = str(Path(torch.__file__).parent / "autograd" / "graph.py")  # calls backward
+_RECOMPUTATION = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
+_GRAD_SCALER = str(Path(torch.__file__).parent / "amp" / "grad_scaler.py")
+_OPTIMIZERS = str(Path(torch.__file__).parent / "optim")
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def asked_by_grad_scaler() -> bool:
+    """Whether GradScaler itself reads the scalar, to decide on skipping the step.
+
+    The optimizer's step that it then calls is not excused.
+    """
+    for frame in _frames():
+        name = frame.f_code.co_filename
+        if name == _GRAD_SCALER:
+            return True
+        if name not in _OURS and (name.startswith(_OPTIMIZERS) or not name.startswith(_TORCH)):
+            return False
+    return False
+
+
+def user_line() -> str:
+    """``file.py:12`` of the innermost frame that is a person's own, neither torch's nor ours.
+
+    Within backward, "" if none is between the operator and the engine, or the recomputation.
+    """
+    for frame in _frames():
+        name = frame.f_code.co_filename
+        if not _is_torchs_or_ours(name):
+            return f"{_short(name)}:{frame.f_lineno}"
+        if (name == _ENGINE and frame.f_code.co_name == "_engine_run_backward") or (
+            name == _RECOMPUTATION and frame.f_code.co_name == "unpack_hook"
+        ):
+            return ""
+    return ""
+
+
+@cache
+def _is_torchs_or_ours(filename: str) -> bool:
+    return filename.startswith((_TORCH, *_OURS))
+
+
+_shortened: dict[str, str] = {}
+
+
+def _short(filename: str) -> str:
+    """Return the path from the import root, as ``memsave/blocks.py``: the same on every machine."""
+    if filename not in _shortened:
+        roots = [root for root in sys.path if root and filename.startswith(root.rstrip("/") + "/")]
+        root = max(roots, key=len, default="")
+        _shortened[filename] = filename[len(root.rstrip("/")) + 1 :] if root else filename
+    return _shortened[filename]

@@ -1,0 +1,200 @@
+"""What the in-place norms share: checks, the autograd function, and the guard of their input.
+
+How backward works. z = act(y) is all that was kept. The activation is inverted in z's own
+storage, giving y = g * xhat + b with g = |weight| + eps, and the gradient of the input is written
+there. The caller's gradient tensor is only read: where z is summed with a skip, autograd hands the
+same tensor to both branches. Both directions are one operator each, ``memsave/in_place_norm_ops``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memsave.errors import InputError, OptionError, UnknownNameError
+from memsave.in_place_abn_maths import Activation
+from memsave.in_place_norm_ops import in_place_norm_, in_place_norm_backward_
+
+__all__ = [
+    "Overwritten",
+    "check_activation",
+    "check_input",
+    "graph_is_kept",
+    "run_in_place_norm",
+]
+
+
+def run_in_place_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    groups: int | None,
+    use_running: bool,
+    momentum: float,
+    eps: float,
+    activation: Activation,
+    activation_param: float,
+) -> Tensor:
+    """Overwrite ``x`` and return it, or, where that can be, another tensor of its storage.
+
+    Then a later use of ``x`` itself is an InputError: its reader would get z in its place.
+    """
+    guarded = (
+        not torch.compiler.is_compiling()
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and type(x) is Tensor
+        and not x._is_view()
+    )
+    z: Tensor = _InPlaceNorm.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, running_mean, running_var, groups, use_running, momentum, eps,
+        activation, activation_param, guarded,
+    )  # fmt: skip
+    if guarded:
+        x.__class__ = Overwritten
+    return z
+
+
+class Overwritten(Tensor):
+    """A tensor whose values an in-place norm has overwritten: what reads it is refused."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Let what tells of the tensor through, without its values; refuse everything else."""
+        if func not in _HARMLESS:
+            raise InputError(
+                f"{getattr(func, '__name__', func)} reads the input of an in-place norm after it "
+                "was overwritten: use the norm's result, or give the norm a copy (x.clone()), or "
+                "take a norm that is not in place"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Overwritten(shape={tuple(self.shape)})"
+
+
+_PROPERTIES = (
+    "shape",
+    "dtype",
+    "device",
+    "layout",
+    "ndim",
+    "nbytes",
+    "itemsize",
+    "is_cuda",
+    "is_leaf",
+    "requires_grad",
+    "grad_fn",
+    "_version",
+)
+_HARMLESS = {
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.data_ptr,
+    Tensor.untyped_storage,
+    Tensor._is_view,
+    Tensor.register_hook,
+}
+
+
+class _InPlaceNorm(torch.autograd.Function):
+    # Kept for backward: z, which aliases x; weight, bias and 1/std, of C elements. Not kept: x.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        groups: int | None,
+        use_running: bool,
+        momentum: float,
+        eps: float,
+        activation: Activation,
+        param: float,
+        guarded: bool,
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            z = x.clone()  # a compiler makes everything out of place, then takes copies out again
+        elif guarded:
+            z = x.detach()  # its storage and version count: who kept x for backward still sees it
+        else:
+            z = x
+            ctx.mark_dirty(x)
+        settings = (eps, activation, param)
+        rstd, _ = in_place_norm_(
+            z, weight, bias, running_mean, running_var, groups, use_running, momentum, *settings
+        )
+        ctx.save_for_backward(z, weight, bias, rstd)
+        ctx.groups, ctx.use_running, ctx.settings = groups, use_running, settings
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, bias, rstd = ctx.saved_tensors
+        # Detached, what happens to it still counts as a change of z, but it has no history. With
+        # retain_graph somebody may come back for z.
+        z = z.clone() if torch.compiler.is_compiling() or graph_is_kept() else z.detach()
+        d_weight, d_bias, _ = in_place_norm_backward_(
+            z, dz, weight, bias, rstd, ctx.groups, ctx.use_running, *ctx.settings
+        )
+        return (
+            z,
+            None if weight is None else d_weight.to(weight.dtype),
+            None if bias is None else d_bias.to(bias.dtype),
+            *(None,) * 9,
+        )
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running was called with ``retain_graph=True``."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def check_activation(norm: str, activation: str, param: float) -> None:
+    """Raise UnknownNameError or OptionError unless ``activation`` can be inverted."""
+    if activation not in get_args(Activation):
+        raise UnknownNameError(f"activation of {norm}", activation, get_args(Activation))
+    if activation != "identity" and not param > 0:
+        raise OptionError(
+            f"activation_param must be more than 0, got {param}: {activation} cannot be inverted"
+        )
+
+
+def check_input(norm: str, x: Tensor, **per_channel: Tensor | None) -> None:
+    """Raise InputError unless ``x`` is (N, C, *), floating point, and may be overwritten."""
+    if not x.is_floating_point():
+        raise InputError(f"{norm} needs a floating-point input, got {x.dtype}")
+    if x.dim() < 2:
+        raise InputError(f"{norm} needs an input (N, C, *), got shape {tuple(x.shape)}")
+    for name, tensor in per_channel.items():
+        if tensor is not None and tensor.numel() != x.shape[1]:
+            raise InputError(
+                f"{norm} has {tensor.numel()} channels ({name}), "
+                f"got an input with {x.shape[1]}: shape {tuple(x.shape)}"
+            )
+    if any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+        raise InputError(
+            f"{norm} overwrites its input, which is expanded here (strides {x.stride()}): "
+            "give it a tensor of its own, such as x.clone()"
+        )
+    if x.is_leaf and x.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"{norm} overwrites its input, which is a leaf that requires grad here: "
+            "give it the output of another operation, such as x.clone()"
+        )
