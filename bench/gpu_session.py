@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.errors import MembenchError
+from bench.errors import MembenchError, nearest
 from bench.gpu import gpu_identity
 
 __all__ = ["Outcome", "Part", "main", "pack", "plan", "run_part"]
@@ -60,10 +60,24 @@ class Outcome:
     seconds: float
 
 
-def plan(results: Path, card: str, kinds: Sequence[str] = KINDS, root: Path = ROOT) -> list[Part]:
-    """Return the commands of a session in order: tests, suites on the GPU, suites predicted."""
+def plan(
+    results: Path,
+    card: str,
+    kinds: Sequence[str] = KINDS,
+    root: Path = ROOT,
+    suites: Sequence[str] | None = None,
+) -> list[Part]:
+    """Return the commands of a session in order: tests, suites on the GPU, suites predicted.
+
+    ``suites`` are run in the order given; None is all that are shipped.
+    Raises MembenchError for a suite that is not.
+    """
     python = sys.executable
-    suites = sorted(path.stem for path in (root / "suites").glob("*.yaml"))
+    shipped = sorted(path.stem for path in (root / "suites").glob("*.yaml"))
+    suites = shipped if suites is None else suites
+    for suite in suites:
+        if suite not in shipped:
+            raise MembenchError(f"no suite is called {suite!r}{nearest(suite, shipped)}")
     parts: list[Part] = []
     if "tests" in kinds:
         parts.append(Part("tests", (python, "-m", "pytest", *_PYTEST_OPTIONS, "tests")))
@@ -136,11 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     results, archive = options.results.resolve(), options.archive.resolve()
     try:
+        plan(results, _CARD_UNKNOWN, options.parts, suites=options.suites)  # before a GPU is asked
         card = _CARD_UNKNOWN if options.dry_run else gpu_identity().card
     except MembenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    parts = plan(results, card, options.parts)
+    parts = plan(results, card, options.parts, suites=options.suites)
     if options.dry_run:
         for part in parts:
             print(f"{part.name}: {shlex.join(part.command)}")
@@ -186,6 +201,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--archive", type=Path, default=ROOT / "dist" / "gpu-session.tar.gz", help="tar.gz to write"
     )
     parser.add_argument("--parts", nargs="+", choices=KINDS, default=KINDS, help="run only these")
+    parser.add_argument("--suites", nargs="+", metavar="NAME", help="only these, in this order")
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="end the session after this long"
     )

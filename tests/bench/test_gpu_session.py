@@ -60,6 +60,19 @@ def test_the_kinds_of_parts_can_be_chosen(tree: Path) -> None:
     assert names == ["predict-table1", "predict-table2"]
 
 
+def test_suites_can_be_chosen_and_come_in_the_order_given(tree: Path) -> None:
+    parts = plan(Path("/r"), "c", ("measure",), tree, ["table2", "table1"])
+
+    assert [part.name for part in parts] == ["measure-table2", "measure-table1"]
+
+
+def test_a_suite_that_is_not_there_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--suites", "tabel1"]) == 2
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no suite is called 'tabel1' (did you mean 'table1'")
+
+
 def test_a_dry_run_prints_the_commands_and_asks_no_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
