@@ -158,7 +158,7 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, list
         python("third", f"import pathlib; {record}"),
     ]
     monkeypatch.setattr(gpu_session, "gpu_identity", lambda: IDENTITY)
-    monkeypatch.setattr(gpu_session, "plan", lambda *_: parts)
+    monkeypatch.setattr(gpu_session, "plan", lambda *_, **__: parts)
     archive = tmp_path / "out" / "session.tar.gz"
     return archive, ["--results", str(results), "--archive", str(archive)]
 
@@ -187,7 +187,7 @@ def test_a_part_that_fails_does_not_stop_the_others_and_is_not_forgotten(
 def test_a_session_whose_parts_all_pass_exits_0(
     session: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_session, "plan", lambda *_: [python("first", "")])
+    monkeypatch.setattr(gpu_session, "plan", lambda *_, **__: [python("first", "")])
 
     assert main(session[1]) == 0
 
