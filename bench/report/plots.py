@@ -38,6 +38,7 @@ _AROUND_IN = 1.5  # title, axis and legend
 _BAR_HEIGHT = 0.72
 _DPI = 150
 _FAR = 4.0  # a card this many times the longest bar would squeeze the bars: not drawn
+_FAR_OUT = 3.0  # a case that does not fit by more than this runs to the edge: its needs are written
 _PAPER_MARKERS = {"=": "D", "~": "D", ">": ">"}
 _METADATA: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
@@ -148,6 +149,7 @@ def _finish(axes: Axes, table: Table, bottom: float) -> None:
     if card is not None:
         right = max(right, card / GIB)
         axes.axvline(card / GIB, color=CAPACITY_COLOUR, linestyle="--", linewidth=1.2, zorder=3)
+        right = min(right, _FAR_OUT * max(card / GIB, _longest_gib(table, fitting=True)))
     axes.set_xlim(0, right * 1.03)
     axes.set_xlabel("GPU memory of the process, GiB")
     axes.set_title(table_title(table), loc="left", weight="bold", fontsize=10)
@@ -157,8 +159,10 @@ def _finish(axes: Axes, table: Table, bottom: float) -> None:
     axes.set_axisbelow(True)
 
 
-def _longest_gib(table: Table) -> float:
-    ends = [row.figure_bytes for row in table.rows if row.figure_bytes]
+def _longest_gib(table: Table, *, fitting: bool = False) -> float:
+    """Return where the longest bar or marker ends; ``fitting``: of the cases that fit alone."""
+    rows = [row for row in table.rows if row.record.status == "ok" or not fitting]
+    ends = [row.figure_bytes for row in rows if row.figure_bytes]
     ends += [row.paper.bytes for row in table.rows if row.paper]
     return max(ends, default=GIB) / GIB
 

@@ -167,3 +167,14 @@ def test_drawing_leaves_the_reader_s_matplotlib_as_it_was() -> None:
     (table,) = make_tables([make_record()])
     plot_table(table, "svg")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_case_that_needs_many_cards_does_not_squeeze_the_others() -> None:
+    """It runs to the edge, three times the card's 31.5 GiB; what it needs is written there."""
+    figure = drawn(
+        make_record(variant="fits"),
+        make_record(variant="far", status="oom", needs_bytes=450 * GIB),
+    )
+    axes = figure.axes[0]
+    assert axes.get_xlim()[1] == pytest.approx(3 * 31.5 * 1.03)
+    assert "does not fit: needs 450.5 GiB" in [text.get_text() for text in axes.texts]

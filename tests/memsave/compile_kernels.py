@@ -108,7 +108,7 @@ class _PretendedGpu:
                     "capability": made.metadata.target.arch,
                     "is_elf": cubin[:4] == b"\x7fELF",
                     "shared_bytes": made.metadata.shared,
-                    "ptx": made.asm["ptx"],
+                    "signature": made.src.signature,
                 }
             )
 
@@ -164,11 +164,14 @@ def _launch(case: Case) -> None:
     weight, bias = _per_channel(case, parameters), _per_channel(case, parameters)
     running = _per_channel(case, case.running), _per_channel(case, case.running)
     how = (case.groups, case.use_running)
-    rest = (1e-5, case.activation, 0.01)
     rstd, buffer = ops._forward_results(x, *how)
-    ops._run_forward_kernels(x, weight, bias, *running, *how, 0.1, *rest, rstd, buffer)
+    ops._run_forward_kernels(
+        x, weight, bias, *running, *how, 0.1, 1e-5, case.activation, 0.01, rstd, buffer
+    )
     results = ops._backward_results(x, dz, case.groups)
-    ops._run_backward_kernels(x, dz, weight, bias, rstd, *how, *rest, *results)
+    ops._run_backward_kernels(
+        x, dz, weight, bias, rstd, *how, 1e-5, case.activation, 0.01, *results
+    )
 
 
 def _launch_synchronised(case: Case) -> None:
