@@ -12,6 +12,7 @@ from torch import Tensor
 from memsave.kernels.pieces import (
     WARPS,
     activation_gradient,
+    dense,
     invert,
     jit,
     on_device_of,
@@ -217,6 +218,7 @@ def sums(
         (2, cut.statistics): of scale * dy, and of scale * dy * xhat; all float32.
     """
     programs = cut.splits * cut.channel_blocks * (cut.rows // cut.channels)
+    weight, bias = dense(weight, bias)
     with on_device_of(z):
         _partial_sums[(programs,)](
             z,
@@ -271,6 +273,7 @@ def gradient_(
 ) -> None:
     """Overwrite ``z`` with the gradient of x; without ``means`` the statistics were given."""
     programs = cut.samples * cut.channel_blocks * cut.tiles_per_sample
+    weight, bias = dense(weight, bias)
     with on_device_of(z):
         _gradient[(programs,)](
             z,

@@ -11,6 +11,7 @@ from torch import Tensor
 from memsave.kernels.pieces import (
     WARPS,
     activate,
+    dense,
     jit,
     on_device_of,
     sizes,
@@ -218,6 +219,7 @@ def statistics(
         "missing": cut.tiles_per_sample * cut.place_block - cut.places,
     }
     programs = cut.splits * cut.channel_blocks * (cut.rows // cut.channels)
+    written_mean, written_var = dense(running_mean, running_var)
     with on_device_of(x):
         _partial_statistics[(programs,)](
             x, partials, *strides, **sizes(cut), **deal, num_warps=WARPS
@@ -226,8 +228,8 @@ def statistics(
             partials,
             mean,
             spread,
-            running_mean,
-            running_var,
+            written_mean,
+            written_var,
             momentum,
             eps,
             float(cut.values_in_a_statistic),
@@ -239,6 +241,9 @@ def statistics(
             AS_VARIANCE=as_variance,
             num_warps=4,
         )
+    for kept, written in ((running_mean, written_mean), (running_var, written_var)):
+        if kept is not None and written is not None and written is not kept:
+            kept.copy_(written)
 
 
 def normalise_(
@@ -255,6 +260,7 @@ def normalise_(
 ) -> None:
     """Overwrite ``x`` with ``act((|weight| + eps) * (x - mean) * rstd + bias)``."""
     programs = cut.samples * cut.channel_blocks * cut.tiles_per_sample
+    mean, weight, bias = mean.contiguous(), *dense(weight, bias)
     with on_device_of(x):
         _normalise[(programs,)](
             x,

@@ -6,7 +6,7 @@ may pass 2^31 elements. Of what is compared with a string, the compiler sees one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "WARPS",
     "activate",
     "activation_gradient",
+    "dense",
     "invert",
     "jit",
     "on_device_of",
@@ -121,6 +122,11 @@ def sizes(cut: Tiling) -> dict[str, int]:
         "CHANNEL_BLOCK": cut.channel_block,
         "PLACE_BLOCK": cut.place_block,
     }
+
+
+def dense(*per_channel: Tensor | None) -> Iterator[Tensor | None]:
+    """Give each tensor with its values side by side, as kernels read them: itself, or a copy."""
+    return (t if t is None else t.contiguous() for t in per_channel)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

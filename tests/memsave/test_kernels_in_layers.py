@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
+from memsave.in_place_norm_ops import in_place_norm_, in_place_norm_backward_
 from memsave.in_place_sync_maths import gradient_, local_means, local_statistics
 from memsave.kernels.tiles import kernels_serve
 
@@ -110,3 +111,29 @@ def test_the_parts_for_several_processes_are_the_same(monkeypatch: pytest.Monkey
         gradient_(z, dz, torch.rsqrt(var), means, weight, bias, settings)
         results.append((mean, var, d_weight, d_bias, means, z))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("use_running", [False, True])
+def test_parameters_and_statistics_may_be_views_with_strides(
+    use_running: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns of matrices, whose channels lie 2 apart; float32 rounding, in sums of 18 terms."""
+    torch.manual_seed(0)
+    x, dz = torch.randn(2, 4, 9, device=DEVICE), torch.randn(2, 4, 9, device=DEVICE)
+    matrices = torch.rand(4, 4, 2, device=DEVICE) + 0.5
+    results = []
+    for use in (True, False):
+        _use_kernels(monkeypatch, use)
+        kept = matrices.clone()
+        weight, bias, mean, var = (matrix[:, 0] for matrix in kept)
+        z = x.clone()
+        rstd, _ = in_place_norm_(
+            z, weight, bias, mean, var, None, use_running, 0.1, 1e-5, "leaky_relu", 0.01
+        )
+        values = z.clone()
+        grads = in_place_norm_backward_(
+            z, dz, weight, bias, rstd, None, use_running, 1e-5, "leaky_relu", 0.01
+        )
+        results.append([values, z, *grads[:2], kept])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
