@@ -5,6 +5,9 @@ Versions come from constraints.txt, dependencies from the groups in pyproject.to
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2024.10"  # nox.project.dependency_groups
@@ -49,6 +52,14 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Time techniques against what they replace, side by side; a table of ratios comes last."""
+    install(session, "test")
+    options = ("--benchmark-enable", "--benchmark-disable-gc", "--benchmark-warmup=off")
+    session.run("python", "-m", "pytest", "tests/benchmarks", *options, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting with ruff."""
     install(session, "lint", package=False)
@@ -69,6 +80,24 @@ def table1(session: nox.Session) -> None:
     install(session)
     options = session.posargs or ("--device", "predict")
     session.run("python", "-m", "bench", "run", "table1", *options)
+
+
+@nox.session
+def baseline(session: nox.Session) -> None:
+    """Predict every suite again and write results/baselines/, which the tests hold us to.
+
+    Arguments: the suites to do, by default all. Look at what git says changed before committing.
+    """
+    install(session)
+    folder = Path(session.create_tmp()) / "results"
+    suites = session.posargs or sorted(path.stem for path in Path("suites").glob("*.yaml"))
+    for suite in suites:
+        found = folder / suite
+        shutil.rmtree(found, ignore_errors=True)  # a case that is gone would be found there
+        membench = ("python", "-m", "bench")
+        session.run(*membench, "run", suite, "--device", "predict", "--results", str(found))
+        written = f"results/baselines/{suite}.json"
+        session.run(*membench, "baseline", str(found), "-o", written, "--allow-fewer")
 
 
 @nox.session

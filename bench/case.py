@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
-__all__ = ["Case", "Mode", "PaperFigure", "Precision", "TechniqueUse", "known_fields"]
+__all__ = ["Case", "Mode", "PaperFigure", "PaperTime", "Precision", "TechniqueUse", "known_fields"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Mode = Literal["train", "infer"]
@@ -36,6 +37,15 @@ class PaperFigure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PaperTime:
+    """The time of a case as a paper prints it; ``relation`` may also be ``"<"`` (under)."""
+
+    text: str
+    relation: Literal["=", "~", ">", "<"]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One training step or one prediction of one network at one shape.
 
@@ -55,6 +65,8 @@ class Case:
     loss: str = "cross_entropy+dice"
     optimizer: str = "adam"
     optimizer_options: dict[str, Any] = field(default_factory=dict)
+    schedule: str | None = None  # in bench.schedules; a step counts as an epoch
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     steps: int = 2  # steps of the memory pass; the second one has the optimizer's state
     timed_steps: int = 5  # steps of the time pass, on a GPU only, after one warm-up step
     seed: int = 0
@@ -62,6 +74,8 @@ class Case:
     time_limit_s: float = 600.0
     volumes: tuple[str, ...] = ()  # names of the files this shape came from
     paper: PaperFigure | None = None
+    paper_time: PaperTime | None = None
+    paper_flops: int | None = None
     baseline: str | None = None  # the variant to which its suite takes ratios
     position: int = 0  # place in its suite: records lie in the order in which cases finished
 
@@ -95,11 +109,25 @@ class Case:
         )
         if values.get("paper") is not None:
             values["paper"] = PaperFigure(**known_fields(PaperFigure, values["paper"]))
+        if values.get("paper_time") is not None:
+            values["paper_time"] = PaperTime(**known_fields(PaperTime, values["paper_time"]))
         return cls(**values)
 
     def digest(self) -> str:
-        """Return a short hash of all that shapes the figures, so not of the paper's figure."""
-        aside = ("paper", "volumes", "baseline", "position")
+        """Return a short hash of all that shapes the figures, so not of the paper's figure.
+
+        A schedule sets numbers, it takes neither memory nor time on the GPU.
+        """
+        aside = (
+            "paper",
+            "paper_time",
+            "paper_flops",
+            "volumes",
+            "baseline",
+            "position",
+            "schedule",
+            "schedule_options",
+        )
         data = {k: v for k, v in self.to_definition().items() if k not in aside}
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -107,5 +135,10 @@ class Case:
 
 def known_fields(cls: type, data: dict[str, Any]) -> dict[str, Any]:
     """Return what ``cls``, a dataclass, has a field for; the rest is of a later version."""
-    names = {f.name for f in dataclasses.fields(cls)}
+    names = _field_names(cls)
     return {k: v for k, v in data.items() if k in names}
+
+
+@cache
+def _field_names(cls: type) -> frozenset[str]:  # asked a hundred times for every record read
+    return frozenset(f.name for f in dataclasses.fields(cls))

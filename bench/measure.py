@@ -208,18 +208,15 @@ def _read_process(
 def _sample_process(
     cuda: Cuda, used_before_bytes: int | None, reserved_bytes: int, notes: list[str]
 ) -> int:
-    missing: list[str] = []
-    own_bytes = nvml.process_bytes(cuda.uuid, os.getpid(), missing)
-    # Less than the allocator holds: another process under our number, outside this container.
-    if own_bytes is not None and own_bytes >= reserved_bytes:
-        return own_bytes
-    notes += missing
-    used_bytes = nvml.device_used_bytes(cuda.uuid, notes)
-    if used_bytes is not None and used_before_bytes is not None:
-        notes.append(
-            "process_bytes: the device's memory in use less what was in use before this process"
-        )
-        return used_bytes - used_before_bytes
+    sample_bytes = nvml.best_process_bytes(
+        cuda.uuid,
+        os.getpid(),
+        reserved_bytes=reserved_bytes,
+        used_before_bytes=used_before_bytes,
+        notes=notes,
+    )
+    if sample_bytes is not None:
+        return sample_bytes
     free_bytes, total_bytes = cuda.mem_get_info()
     notes.append(
         "process_bytes: all of the device's memory in use, as cudaMemGetInfo has it; the driver's "

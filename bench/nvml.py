@@ -20,6 +20,7 @@ from typing import Any
 __all__ = [
     "Device",
     "ProcessUse",
+    "best_process_bytes",
     "device_used_bytes",
     "devices",
     "driver_version",
@@ -108,6 +109,30 @@ def process_bytes(uuid: str, pid: int, notes: list[str] | None = None) -> int | 
     if mine[0] is None:
         _note(notes, f"process memory: NVML lists process {pid} without its memory")
     return mine[0]
+
+
+def best_process_bytes(
+    uuid: str, pid: int, *, reserved_bytes: int, used_before_bytes: int | None, notes: list[str]
+) -> int | None:
+    """Return what process ``pid`` holds of the device, by the best reading that there is.
+
+    Its own figure, or else what the whole device has in use less ``used_before_bytes``, what was
+    in use before the process came; a note says when it is the latter. None when neither is known.
+    An own figure below ``reserved_bytes``, what the caching allocator holds by its own count, is
+    of another process under our number, outside of this container.
+    """
+    missing: list[str] = []
+    own_bytes = process_bytes(uuid, pid, missing)
+    if own_bytes is not None and own_bytes >= reserved_bytes:
+        return own_bytes
+    notes += missing
+    used_bytes = device_used_bytes(uuid, notes)
+    if used_bytes is None or used_before_bytes is None:
+        return None
+    notes.append(
+        "process_bytes: the device's memory in use less what was in use before this process"
+    )
+    return used_bytes - used_before_bytes
 
 
 def other_processes(

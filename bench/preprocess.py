@@ -219,28 +219,28 @@ def foreground_box(mask: Mask) -> Box | None:
 # -- parts --------------------------------------------------------------------------------------
 
 
-def largest_component(mask: Mask) -> Mask:
-    """Return the largest of a mask's connected components; an empty mask as it is.
+def largest_component(mask: Mask, keep: int = 1) -> Mask:
+    """Return the ``keep`` largest of a mask's connected components; an empty mask as it is.
 
     Voxels that touch, by a corner even, are connected. Of equals, the first in x, y, slices wins.
     """
     from scipy import ndimage
 
     components, count = ndimage.label(mask, structure=np.ones((3, 3, 3), dtype=bool))
-    if count < 2:
+    if count <= keep:
         return mask
-    sizes = np.bincount(components.ravel())
-    sizes[0] = 0  # the background
-    found: Mask = components == sizes.argmax()
+    sizes = np.bincount(components.ravel())[1:]  # without the background
+    largest = 1 + np.argsort(-sizes, kind="stable")[:keep]
+    found: Mask = np.isin(components, largest)
     return found
 
 
-def largest_components(labels: Labels) -> Labels:
-    """Return the labels with only the largest connected component of each left."""
+def largest_components(labels: Labels, keep: int = 1) -> Labels:
+    """Return the labels with only the ``keep`` largest connected components of each left."""
     from scipy import ndimage
 
     kept = np.zeros_like(labels)
     for label, where in enumerate(ndimage.find_objects(labels), start=1):
         if where is not None:  # a label that occurs
-            kept[where][largest_component(labels[where] == label)] = label
+            kept[where][largest_component(labels[where] == label, keep)] = label
     return kept

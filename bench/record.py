@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,8 @@ from bench.errors import MembenchError
 __all__ = [
     "PHASES",
     "SCHEMA_VERSION",
+    "SMALL_HOLDERS",
+    "Category",
     "Environment",
     "Evidence",
     "Holder",
@@ -27,6 +30,7 @@ __all__ = [
     "Peaks",
     "Record",
     "Status",
+    "append_line",
     "append_record",
     "last_records",
     "read_records",
@@ -34,6 +38,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+SMALL_HOLDERS = "(smaller ones together)"  # the operator of holders added up by category
 PHASES = ("model", "forward", "backward", "optimizer")
 
 Status = Literal["ok", "oom", "failed", "timeout", "skipped"]
@@ -141,6 +146,9 @@ class Record:
     uncalibrated: tuple[str, ...] = ()
     phases: dict[str, Peaks] = field(default_factory=dict)
     peak_holders: tuple[Holder, ...] = ()
+    forward_flops: int | None = None  # 2 x multiply-adds, see bench.flops
+    step_flops: int | None = None  # of the whole step, with what is recomputed
+    recomputation_factor: float | None = None  # step_flops over those of keeping everything
     step_times_s: tuple[float, ...] = ()
     volumes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
@@ -190,10 +198,16 @@ class Record:
 def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of ``cls``; those in bytes must be whole numbers, or None."""
     values = known_fields(cls, data)
-    for name, value in values.items():
-        if name.endswith("_bytes") and value is not None:
+    for name in _byte_fields(cls):
+        value = values.get(name)
+        if value is not None:
             _whole(name, value)
     return values
+
+
+@cache
+def _byte_fields(cls: type) -> tuple[str, ...]:  # asked for every holder of every record
+    return tuple(f.name for f in dataclasses.fields(cls) if f.name.endswith("_bytes"))
 
 
 def _whole(name: str, value: object) -> int:
@@ -213,21 +227,29 @@ def append_record(path: Path, record: Record) -> None:
     A line that a killed run left unfinished is closed first, so it costs only itself. Raises
     MembenchError when the file takes no more, as on a full disk.
     """
-    line = record.to_json() + "\n"
     try:
-        with path.open("ab+") as file:
-            if file.tell() > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    line = "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(path, record.to_json())
     except OSError as error:
         raise MembenchError(
             f"cannot write the record of {record.case} to {path}: {error.strerror or error}; "
             "the records before it are kept: mend that and go on with --resume"
         ) from None
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line to a file, in one write, closing first a line left unfinished; OSErrors pass.
+
+    It is on disk when this returns.
+    """
+    line = text + "\n"
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -6,6 +6,7 @@ on, so what is predicted is what is measured.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from bench.case import Case
 from bench.errors import MembenchError, nearest
 from bench.losses import LOSSES, check_loss
+from bench.schedules import check_schedule
 from memsave import networks
 from memsave.errors import MemsaveError
 from memsave.mixed_precision import MixedPrecision
@@ -48,6 +51,7 @@ class Workload:
     optimizer: torch.optim.Optimizer | None
     precision: MixedPrecision
     techniques: list[tuple[Technique, Any]] = field(default_factory=list)
+    schedule: LRScheduler | None = None  # told after every step: a step counts as an epoch
 
     def step(self, mark: Mark) -> None:
         """Run one step, telling ``mark`` when each phase begins."""
@@ -75,6 +79,11 @@ class Workload:
         mark("optimizer")
         self.precision.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
+        if self.schedule is not None:
+            with warnings.catch_warnings():
+                # torch warns where fp16 skipped the very first update, as it may.
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler")
+                self.schedule.step()
 
     def parameter_count(self) -> int:
         """Return the number of trainable parameters."""
@@ -118,6 +127,7 @@ def _build(case: Case) -> Workload:
         optimizer=optimizer,
         precision=MixedPrecision(case.precision, device_type=device.type),
         techniques=techniques,
+        schedule=None if optimizer is None else _build_schedule(case, optimizer),
     )
 
 
@@ -159,6 +169,18 @@ def _build_optimizer(
     for technique, technique_options in techniques:
         optimizer = technique.optimizer(optimizer, model, technique_options)
     return optimizer
+
+
+def _build_schedule(case: Case, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+    if case.schedule is None:
+        return None
+    schedule = check_schedule(case.schedule, case.schedule_options)
+    if schedule.needs_loss:
+        raise MembenchError(
+            f"schedule {schedule.name!r} follows the loss, which a step does not read back from "
+            "the GPU: use poly, or give it to training"
+        )
+    return schedule(optimizer, **case.schedule_options)
 
 
 def technique_names(case: Case) -> tuple[str, ...]:

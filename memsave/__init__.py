@@ -1,18 +1,30 @@
 """Training 3D segmentation networks in less memory: techniques, and the networks they came with."""
 
+from memsave.apply import Applied, apply
 from memsave.checkpoint import checkpoint_block, checkpoint_sequence, checkpoint_steps
-from memsave.errors import InputError, MemsaveError, OptionError, UnknownNameError
+from memsave.errors import (
+    BackwardError,
+    InputError,
+    MemsaveError,
+    OptionError,
+    RefusedError,
+    UnknownNameError,
+)
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_abn_sync import InPlaceABNSync
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
 from memsave.mixed_precision import MixedPrecision
 from memsave.networks import FCN, NETWORKS
+from memsave.recompute_pairs import recompute_pair, recompute_pairs
+from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute, recompute
 from memsave.techniques import TECHNIQUES, Technique, find_technique
 
 __all__ = [
     "FCN",
     "NETWORKS",
     "TECHNIQUES",
+    "Applied",
+    "BackwardError",
     "InPlaceABN",
     "InPlaceABNSync",
     "InPlaceGroupNorm",
@@ -21,10 +33,17 @@ __all__ = [
     "MemsaveError",
     "MixedPrecision",
     "OptionError",
+    "RecomputedNormAct",
+    "RefusedError",
     "Technique",
     "UnknownNameError",
+    "apply",
+    "attach_recompute",
     "checkpoint_block",
     "checkpoint_sequence",
     "checkpoint_steps",
     "find_technique",
+    "recompute",
+    "recompute_pair",
+    "recompute_pairs",
 ]

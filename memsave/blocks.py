@@ -30,12 +30,15 @@ __all__ = [
     "NormAct",
     "SepConv",
     "batch_norm",
+    "batch_norm_leaky_relu",
     "convolution",
     "find_block",
     "find_norm",
+    "group_norm_leaky_relu",
     "in_place_abn_norm",
     "in_place_group_norm",
     "in_place_instance_norm",
+    "instance_norm_leaky_relu",
 ]
 
 REDUCTION = 4  # K of the paper: how far bottleneck and CCBlock reduce their output channels
@@ -48,6 +51,12 @@ _BATCH_NORM: dict[int, type[nn.Module]] = {
     2: nn.BatchNorm2d,
     3: nn.BatchNorm3d,
 }
+_INSTANCE_NORM: dict[int, type[nn.Module]] = {
+    1: nn.InstanceNorm1d,
+    2: nn.InstanceNorm2d,
+    3: nn.InstanceNorm3d,
+}
+_LEAKY_SLOPE = 0.01  # that of the in-place norms
 _CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -57,6 +66,34 @@ def batch_norm(channels: int, spatial_dims: int = 3) -> nn.Sequential:
     Memory: keeps the ReLU's output, one activation, beside the result that the next layer keeps.
     """
     return nn.Sequential(nn.ReLU(inplace=True), _BATCH_NORM[spatial_dims](channels))
+
+
+def batch_norm_leaky_relu(channels: int, spatial_dims: int = 3) -> nn.Sequential:
+    """BatchNorm, then in-place leaky ReLU 0.01: what ``in_place_abn_norm`` computes, plainly.
+
+    Memory: keeps BatchNorm's input, one activation, beside the result that the next layer keeps.
+    """
+    return _then_leaky_relu(_BATCH_NORM[spatial_dims](channels))
+
+
+def group_norm_leaky_relu(channels: int, spatial_dims: int = 3) -> nn.Sequential:  # noqa: ARG001
+    """Group norm, then in-place leaky ReLU 0.01: the plain twin of ``in_place_group_norm``.
+
+    Memory: as ``batch_norm_leaky_relu``.
+    """
+    return _then_leaky_relu(nn.GroupNorm(math.gcd(8, channels), channels))
+
+
+def instance_norm_leaky_relu(channels: int, spatial_dims: int = 3) -> nn.Sequential:
+    """Instance norm with weights, then in-place leaky ReLU: ``in_place_instance_norm``'s twin.
+
+    Memory: as ``batch_norm_leaky_relu``.
+    """
+    return _then_leaky_relu(_INSTANCE_NORM[spatial_dims](channels, affine=True))
+
+
+def _then_leaky_relu(norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(norm, nn.LeakyReLU(_LEAKY_SLOPE, inplace=True))
 
 
 def in_place_abn_norm(channels: int, spatial_dims: int = 3) -> InPlaceABN:  # noqa: ARG001
@@ -86,6 +123,9 @@ def in_place_instance_norm(channels: int, spatial_dims: int = 3) -> InPlaceInsta
 # name in a suite file -> factory of activation and norm
 NORMS: dict[str, NormAct] = {
     "batch_norm": batch_norm,
+    "batch_norm_leaky_relu": batch_norm_leaky_relu,
+    "group_norm_leaky_relu": group_norm_leaky_relu,
+    "instance_norm_leaky_relu": instance_norm_leaky_relu,
     "inplace_abn": in_place_abn_norm,
     "inplace_group_norm": in_place_group_norm,
     "inplace_instance_norm": in_place_instance_norm,

@@ -190,7 +190,8 @@ def _statistics_untouched(modules: Sequence[nn.Module]) -> Iterator[None]:
     Copies rather than no statistics: torch compares what the recomputation keeps with what the
     forward kept, and BatchNorm keeps the statistics too.
     """
-    norms = {n for module in modules for n in module.modules() if isinstance(n, _NormBase)}
+    found = (n for module in modules for n in module.modules() if isinstance(n, _NormBase))
+    norms = dict.fromkeys(found)  # each once, in an order that does not change from run to run
     buffers = [(norm, dict(norm._buffers)) for norm in norms if norm.training]
     try:
         for norm, originals in buffers:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "MemsaveError", "OptionError", "UnknownNameError"]
+__all__ = [
+    "BackwardError",
+    "InputError",
+    "MemsaveError",
+    "OptionError",
+    "RefusedError",
+    "UnknownNameError",
+]
 
 
 class MemsaveError(ValueError):
@@ -27,8 +34,16 @@ class OptionError(MemsaveError):
     """An option of a network or technique that is unknown, ill-typed or out of range."""
 
 
+class RefusedError(MemsaveError):
+    """A change that would silently make a network compute something else; it was not made."""
+
+
 class InputError(MemsaveError):
     """A tensor that an operation cannot take: its type, shape or place in the graph."""
+
+
+class BackwardError(MemsaveError, RuntimeError):
+    """A backward pass that is not to be had; a RuntimeError too, as autograd's own are."""
 
 
 def _hint(name: str, known: tuple[str, ...]) -> str:

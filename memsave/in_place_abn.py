@@ -46,27 +46,33 @@ def in_place_abn(
         a channel; BatchNorm and activation keep ``x.nbytes`` more. On CUDA neither forward nor
         backward has a temporary of an activation's size, only partial sums, at most a few thousand
         numbers or two a channel. The plain maths (CPU, float64, places at uneven distances) has
-        none in forward and two in backward (leaky ReLU; three in half precision, where it computes
-        in float32) of ``x.nbytes / 8``, or of 4 MiB if that is more; of 16 channels at least where
-        x is not contiguous (channels last).
+        none in forward; in backward it works on some channels at a time, with two temporaries of
+        ``x.nbytes / 8`` each (or of 2^20 elements, if that is more), three where these channels
+        do not lie side by side as the statistics' type: several samples, half precision, channels
+        last (there of 16 channels at least).
     Exact: the result is that of BatchNorm with weight ``|weight| + eps`` and the activation: bit
         for bit with leaky ReLU in the plain maths, within a rounding of the type on CUDA. For the
         gradients xhat is read off the result, which gives it within ``2 u (|xhat| + |bias| / g)``,
-        u being half the type's ``finfo.eps``: float32 6e-8, float16 5e-4, bfloat16 4e-3. So a
-        scale g near 0 beside a bias loses xhat, and with it the weight's gradient; float16 adds
-        ``3e-8 / (slope g)`` near zero, where its numbers are evenly spaced. ELU loses what lies
-        below about ``log(u)``, where its own slope is u. Where that is too much, keep BatchNorm
-        and checkpoint its block (``memsave.checkpoint_block``), which is exact.
+        u being half the type's ``finfo.eps``: float32 6e-8, float16 5e-4, bfloat16 4e-3. It
+        cannot hold, then: a scale g near 0 beside a bias, where xhat and with it the weight's
+        gradient are lost; float16 with a small slope, where its numbers, evenly spaced near zero,
+        add ``3e-8 / (slope g)``; ELU below about ``log(u)``, where its own slope is u. Constant
+        channels and huge means cost what they cost BatchNorm, ``|mean| / std`` roundings of
+        float32. Where that is too much, take ``memsave.RecomputedNormAct``: as few bytes, and
+        exact to the bit.
     Errors: InputError if ``x`` is not floating point, has the wrong channels or but one value a
         channel in training, is expanded, or is a leaf that requires grad; and where ``x`` itself
-        is used afterwards (by a pre-activation residual, say), if it requires grad and is no view.
-        RuntimeError, autograd's own, in backward: if the producer of ``x`` needs its output, if z
-        was changed in place, or for a double backward. ``retain_graph=True`` works, on a copy of
-        z; under ``torch.compile`` both directions work on a copy, if the compiler keeps it.
+        is used afterwards (by a pre-activation residual, say), with and without gradients.
+        BackwardError, a RuntimeError too, for a second backward (``retain_graph=True`` costs
+        nothing and gives one pass all the same; in float64, for ``gradcheck``, passes work on
+        copies) and for a double backward. RuntimeError, autograd's own, in backward: if the
+        producer of ``x`` needs its output, if z was changed in place, or if another reader of z
+        comes after its backward. Under ``torch.compile`` both directions work on a copy, if the
+        compiler keeps it.
 
-    Danger, unchecked: without gradients, and where ``x`` is a view, another reader of ``x`` sees
-    the result in its place; and once backward has run, z holds a gradient: take what is to be
-    logged of it before.
+    Danger, unchecked: where ``x`` is a view, a reader of its base or of another view sees the
+    result in its place. Once backward has run, z holds a gradient: take what is to be logged of
+    it before.
     """
     check_activation(_NAME, activation, activation_param)
     check_input(_NAME, x, weight=weight, running_mean=running_mean)

@@ -7,7 +7,6 @@ z = act(y); statistics, scale and shift are float32 beside half activations, flo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ __all__ = [
     "channels_at_once",
     "compute_dtype",
     "invert_",
+    "norm_backward",
     "normalise_",
     "scale_and_shift",
 ]
@@ -114,39 +114,68 @@ def backward_(
 ) -> tuple[Tensor, Tensor]:
     """Overwrite ``z`` with the gradient of x, return those of scale and shift. ``dz`` is read.
 
-    Channels are independent of each other, so a few at a time keep the temporaries small.
+    Channels are independent of each other: a few at a time keep the temporaries small, and in the
+    processor's cache from one pass over them to the next.
     """
+    d_scale, d_shift = torch.empty_like(scale), torch.empty_like(scale)
     step = channels_at_once(z)
-    per_channel = (1, -1) + (1,) * (z.dim() - 2)
-    whole = (z, dz, *(t.view(per_channel) for t in (scale, shift, rstd)))
-    sums = []
-    for z_part, dz_part, *channel in zip(*(torch.split(t, step, 1) for t in whole), strict=True):
-        sums.append(
-            _backward_part_(
-                z_part, dz_part, channel, batch_statistics, activation, activation_param
-            )
+    for first in range(0, z.shape[1], step):
+        some = slice(first, first + step)
+        d_scale[some], d_shift[some] = _backward_part_(
+            z[:, some],
+            dz[:, some],
+            (scale[some], shift[some], rstd[some]),
+            batch_statistics,
+            activation,
+            activation_param,
         )
-    d_scale, d_shift = (torch.cat(parts, 1).flatten() for parts in zip(*sums, strict=True))
     return d_scale, d_shift
 
 
 def _backward_part_(
     z: Tensor,
     dz: Tensor,
-    channel: Sequence[Tensor],
+    channel: tuple[Tensor, Tensor, Tensor],
     batch_statistics: bool,
     activation: Activation,
     activation_param: float,
 ) -> tuple[Tensor, Tensor]:
     """Overwrite some channels of z with their gradient; a function, so that its tensors die."""
     dtype = channel[0].dtype
-    y = z.to(dtype)  # z itself, unless half
-    dy = activation_backward(dz.to(dtype), y, activation, activation_param)
+    # z itself, unless half, or channels of several samples, which lie apart: the operator's kernel
+    # for values that do not lie side by side is ten times slower than a copy.
+    y = z.to(dtype).contiguous()
+    dy = activation_backward(dz.to(dtype), y, activation, activation_param).contiguous()
     invert_(y, activation, activation_param)
-    sums = _norm_backward_(y, dy, channel, batch_statistics)
-    if y is not z:
-        z.copy_(y)
-    return sums
+    dx, d_scale, d_shift = norm_backward(y, dy, *channel, batch_statistics)
+    z.copy_(dx)
+    return d_scale, d_shift
+
+
+def norm_backward(
+    y: Tensor, dy: Tensor, scale: Tensor, shift: Tensor, rstd: Tensor, batch_statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, scale and shift of ``y = scale * xhat + shift``, from dy.
+
+    dx = scale * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), without the means where the
+    statistics did not come from the batch. PyTorch's operator computes that from a norm's input:
+    y serves as well as x, if shift is called its mean and scale its standard deviation, and the
+    weight makes up for the difference.
+    """
+    weight = scale.square() * rstd
+    dx, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
+        dy,
+        y,
+        weight,
+        shift,
+        scale.square(),
+        shift,
+        scale.reciprocal(),
+        batch_statistics,
+        0.0,
+        [True, True, True],
+    )
+    return dx, d_scale, d_shift
 
 
 def channels_at_once(z: Tensor) -> int:
@@ -156,30 +185,6 @@ def channels_at_once(z: Tensor) -> int:
     step = max(math.ceil(channels / parts), SMALL_ELEMENTS * channels // max(1, z.numel()))
     # Channels last: neighbours in memory are read together or wasted.
     return min(channels, step if z.is_contiguous() else max(step, 16))
-
-
-def _norm_backward_(
-    y: Tensor, dy: Tensor, channel: Sequence[Tensor], batch_statistics: bool
-) -> tuple[Tensor, Tensor]:
-    """Overwrite ``y = scale * xhat + shift`` with the gradient of x; ``dy`` is read.
-
-    ``channel`` is scale, shift and 1/std, each (1, C, 1, ...).
-    dx = scale * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), without the means where the
-    statistics did not come from the batch. Returns sum(dy * xhat) and sum(dy) of each channel.
-    """
-    scale, shift, rstd = channel
-    others = [d for d in range(y.dim()) if d != 1]
-    centred = y.sub_(shift)
-    d_shift = dy.sum(others, keepdim=True)
-    d_scale = (dy * centred).sum(others, keepdim=True) / scale
-    gain = scale * rstd
-    if not batch_statistics:
-        torch.mul(dy, gain, out=y)
-        return d_scale, d_shift
-    share = y.shape[1] / max(1, y.numel())
-    torch.addcmul(d_shift * gain * -share, centred, d_scale * rstd * -share, out=y)
-    y.addcmul_(dy, gain)
-    return d_scale, d_shift
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memsave.errors import InputError
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_abn_maths import Activation
-from memsave.in_place_norm import check_input, graph_is_kept
+from memsave.in_place_guard import (
+    differentiable_once,
+    overwrite,
+    refuse_second_pass,
+    result_to_overwrite,
+)
+from memsave.in_place_norm import check_input
 from memsave.in_place_norm_ops import in_place_norm_
 from memsave.in_place_sync_maths import gradient_, local_means, local_statistics
 
@@ -36,7 +41,7 @@ class InPlaceABNSync(InPlaceABN):
     Memory: as ``InPlaceABN``; the plain maths needs one temporary more in backward. Exchanged are
         ``2 C + 1`` numbers forward, gathered, and ``2 C`` backward, summed.
     Exact, Errors: as ``InPlaceABN``; more than one value a channel is needed in all processes
-        together. Another reader of the input is not noticed here.
+        together.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, activation, activation_param: as
@@ -73,10 +78,10 @@ class InPlaceABNSync(InPlaceABN):
             )
         self._update_running(mean, var, count, self._count_batch())
         settings = (self.eps, self.activation, self.activation_param)
-        z: Tensor = _InPlaceABNSync.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, mean, var, count, self.process_group, settings
-        )
-        return z
+        return overwrite(
+            _InPlaceABNSync, x, self.weight, self.bias, mean, var, count, self.process_group,
+            settings,
+        )  # fmt: skip
 
     def _update_running(self, mean: Tensor, var: Tensor, count: int, momentum: float) -> None:
         if self.running_mean is None or self.running_var is None:
@@ -124,25 +129,31 @@ class _InPlaceABNSync(torch.autograd.Function):
         count: int,
         group: dist.ProcessGroup | None,
         settings: tuple[float, Activation, float],
+        as_alias: bool,
     ) -> Tensor:
-        rstd, _ = in_place_norm_(x, weight, bias, mean, var, None, True, 0.0, *settings)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x, weight, bias, rstd)
+        if as_alias:
+            z = x.detach()
+        else:
+            z = x
+            ctx.mark_dirty(x)
+        rstd, _ = in_place_norm_(z, weight, bias, mean, var, None, True, 0.0, *settings)
+        ctx.save_for_backward(z, weight, bias, rstd)
         ctx.count, ctx.group, ctx.settings = count, group, settings
-        return x
+        return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_pass(ctx)
         z, weight, bias, rstd = ctx.saved_tensors
-        z = z.clone() if graph_is_kept() else z.detach()
-        d_weight, d_bias, means = local_means(z, dz, weight, bias, ctx.settings)
-        means *= z.numel() // max(1, z.shape[1]) / ctx.count
-        dist.all_reduce(means, group=ctx.group)
-        gradient_(z, dz, rstd, means, weight, bias, ctx.settings)
-        return (
-            z,
-            None if weight is None else d_weight.to(weight.dtype),
-            None if bias is None else d_bias.to(bias.dtype),
-            *(None,) * 5,
-        )
+        with torch.no_grad():
+            z = result_to_overwrite(ctx, z)
+            d_weight, d_bias, means = local_means(z, dz, weight, bias, ctx.settings)
+            means *= z.numel() // max(1, z.shape[1]) / ctx.count
+            dist.all_reduce(means, group=ctx.group)
+            gradient_(z, dz, rstd, means, weight, bias, ctx.settings)
+            gradients = (
+                z,
+                None if weight is None else d_weight.to(weight.dtype),
+                None if bias is None else d_bias.to(bias.dtype),
+            )
+        return differentiable_once((*gradients, *(None,) * 6))

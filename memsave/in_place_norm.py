@@ -1,4 +1,4 @@
-"""What the in-place norms share: checks, the autograd function, and the guard of their input.
+"""What the in-place norms share: checks and the autograd function.
 
 How backward works. z = act(y) is all that was kept. The activation is inverted in z's own
 storage, giving y = g * xhat + b with g = |weight| + eps, and the gradient of the input is written
@@ -12,19 +12,18 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from memsave.errors import InputError, OptionError, UnknownNameError
 from memsave.in_place_abn_maths import Activation
+from memsave.in_place_guard import (
+    differentiable_once,
+    overwrite,
+    refuse_second_pass,
+    result_to_overwrite,
+)
 from memsave.in_place_norm_ops import in_place_norm_, in_place_norm_backward_
 
-__all__ = [
-    "Overwritten",
-    "check_activation",
-    "check_input",
-    "graph_is_kept",
-    "run_in_place_norm",
-]
+__all__ = ["check_activation", "check_input", "run_in_place_norm"]
 
 
 def run_in_place_norm(
@@ -40,74 +39,14 @@ def run_in_place_norm(
     activation: Activation,
     activation_param: float,
 ) -> Tensor:
-    """Overwrite ``x`` and return it, or, where that can be, another tensor of its storage.
+    """Overwrite ``x`` and return the result, another tensor of its storage where that can be.
 
     Then a later use of ``x`` itself is an InputError: its reader would get z in its place.
     """
-    guarded = (
-        not torch.compiler.is_compiling()
-        and x.requires_grad
-        and torch.is_grad_enabled()
-        and type(x) is Tensor
-        and not x._is_view()
-    )
-    z: Tensor = _InPlaceNorm.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, running_mean, running_var, groups, use_running, momentum, eps,
-        activation, activation_param, guarded,
+    return overwrite(
+        _InPlaceNorm, x, weight, bias, running_mean, running_var, groups, use_running, momentum,
+        (eps, activation, activation_param),
     )  # fmt: skip
-    if guarded:
-        x.__class__ = Overwritten
-    return z
-
-
-class Overwritten(Tensor):
-    """A tensor whose values an in-place norm has overwritten: what reads it is refused."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Let what tells of the tensor through, without its values; refuse everything else."""
-        if func not in _HARMLESS:
-            raise InputError(
-                f"{getattr(func, '__name__', func)} reads the input of an in-place norm after it "
-                "was overwritten: use the norm's result, or give the norm a copy (x.clone()), or "
-                "take a norm that is not in place"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"Overwritten(shape={tuple(self.shape)})"
-
-
-_PROPERTIES = (
-    "shape",
-    "dtype",
-    "device",
-    "layout",
-    "ndim",
-    "nbytes",
-    "itemsize",
-    "is_cuda",
-    "is_leaf",
-    "requires_grad",
-    "grad_fn",
-    "_version",
-)
-_HARMLESS = {
-    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.stride,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    Tensor.data_ptr,
-    Tensor.untyped_storage,
-    Tensor._is_view,
-    Tensor.register_hook,
-}
 
 
 class _InPlaceNorm(torch.autograd.Function):
@@ -123,19 +62,16 @@ class _InPlaceNorm(torch.autograd.Function):
         groups: int | None,
         use_running: bool,
         momentum: float,
-        eps: float,
-        activation: Activation,
-        param: float,
-        guarded: bool,
+        settings: tuple[float, Activation, float],
+        as_alias: bool,
     ) -> Tensor:
         if torch.compiler.is_compiling():
             z = x.clone()  # a compiler makes everything out of place, then takes copies out again
-        elif guarded:
-            z = x.detach()  # its storage and version count: who kept x for backward still sees it
+        elif as_alias:
+            z = x.detach()
         else:
             z = x
             ctx.mark_dirty(x)
-        settings = (eps, activation, param)
         rstd, _ = in_place_norm_(
             z, weight, bias, running_mean, running_var, groups, use_running, momentum, *settings
         )
@@ -144,26 +80,20 @@ class _InPlaceNorm(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_pass(ctx)
         z, weight, bias, rstd = ctx.saved_tensors
-        # Detached, what happens to it still counts as a change of z, but it has no history. With
-        # retain_graph somebody may come back for z.
-        z = z.clone() if torch.compiler.is_compiling() or graph_is_kept() else z.detach()
-        d_weight, d_bias, _ = in_place_norm_backward_(
-            z, dz, weight, bias, rstd, ctx.groups, ctx.use_running, *ctx.settings
-        )
-        return (
-            z,
-            None if weight is None else d_weight.to(weight.dtype),
-            None if bias is None else d_bias.to(bias.dtype),
-            *(None,) * 9,
-        )
-
-
-def graph_is_kept() -> bool:
-    """Whether the backward pass that is running was called with ``retain_graph=True``."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+        with torch.no_grad():
+            z = result_to_overwrite(ctx, z)
+            d_weight, d_bias, _ = in_place_norm_backward_(
+                z, dz, weight, bias, rstd, ctx.groups, ctx.use_running, *ctx.settings
+            )
+            gradients = (
+                z,
+                None if weight is None else d_weight.to(weight.dtype),
+                None if bias is None else d_bias.to(bias.dtype),
+            )
+        return differentiable_once((*gradients, *(None,) * 7))
 
 
 def check_activation(norm: str, activation: str, param: float) -> None:

@@ -20,6 +20,8 @@ from torch import nn
 
 from memsave.checkpoint import checkpoint_block
 from memsave.errors import OptionError, UnknownNameError
+from memsave.recompute_pairs import recompute_pairs
+from memsave.recomputed_norm_act import recompute
 
 __all__ = [
     "TECHNIQUES",
@@ -108,6 +110,8 @@ class Technique:
     summary: str
     exact: bool  # True: gradients equal those of the same network without it, bit for bit
     source: str
+    formula: str = ""  # what is kept for backward, in bytes
+    within: str = ""  # where not exact: what the error is bounded by
     options: type = NoOptions
     build: Callable[[Mapping[str, Any], Any], dict[str, Any]] = _same_network_options
     module: Callable[[nn.Module, Any], nn.Module] = _same_module
@@ -141,6 +145,19 @@ def _checkpoint_steps(model: nn.Module, options: CheckpointStepsOptions) -> nn.M
     return model
 
 
+def _recompute_pairs(model: nn.Module, _options: Any) -> nn.Module:
+    if not recompute_pairs(model):
+        raise OptionError(
+            f"{type(model).__name__} has no pair of norm and activation that can be recomputed, "
+            "with the options given: take a network and a norm that has them, such as batch_norm"
+        )
+    return model
+
+
+def _recompute_step(model: nn.Module, _options: Any) -> AbstractContextManager[None]:
+    return recompute(model)
+
+
 def _checkpointable(model: nn.Module) -> tuple[str, ...]:
     if not isinstance(model, NamesBlocks):
         raise OptionError(
@@ -163,6 +180,8 @@ TECHNIQUES: dict[str, Technique] = _table(
         summary="BatchNorm and leaky ReLU over their input; backward inverts the result",
         exact=False,  # gradients come from the inverted result: within rounding, see the module
         source="Rota Bulo et al., CVPR 2018, arXiv:1712.02616",
+        formula="z.nbytes + 4 C: the norm's input, z.nbytes, is not kept",
+        within="2u (|xhat| + |bias|/scale) of xhat in backward, u the type's rounding",
         build=_use_norm("inplace_abn"),
     ),
     Technique(
@@ -170,6 +189,8 @@ TECHNIQUES: dict[str, Technique] = _table(
         summary="group norm (up to 8 groups) and leaky ReLU over their input, as inplace_abn",
         exact=False,
         source="Wu and He, ECCV 2018, arXiv:1803.08494, by the maths of arXiv:1712.02616",
+        formula="z.nbytes + 4 N groups: the norm's input, z.nbytes, is not kept",
+        within="2u (|xhat| + |bias|/scale) of xhat in backward, u the type's rounding",
         build=_use_norm("inplace_group_norm"),
     ),
     Technique(
@@ -177,13 +198,25 @@ TECHNIQUES: dict[str, Technique] = _table(
         summary="instance norm and leaky ReLU over their input, as inplace_abn",
         exact=False,
         source="Ulyanov et al., arXiv:1607.08022, by the maths of arXiv:1712.02616",
+        formula="z.nbytes + 4 N C: the norm's input, z.nbytes, is not kept",
+        within="2u (|xhat| + |bias|/scale) of xhat in backward, u the type's rounding",
         build=_use_norm("inplace_instance_norm"),
+    ),
+    Technique(
+        name="recomputed_norm_act",
+        summary="keep what norm and activation read, and make their result again in backward",
+        exact=True,
+        source="Chen et al., arXiv:1604.06174, section 3; torch.autograd.graph.saved_tensors_hooks",
+        formula="x.nbytes + 8 C (batch norm): the result, z.nbytes, is not kept",
+        module=_recompute_pairs,
+        step=_recompute_step,
     ),
     Technique(
         name="checkpoint",
         summary="keep a block's input alone and run its forward again in backward",
         exact=True,
         source="Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174",
+        formula="the inputs of each block: one block's insides live at a time",
         options=CheckpointOptions,
         module=_checkpoint_blocks,
     ),
@@ -192,6 +225,7 @@ TECHNIQUES: dict[str, Technique] = _table(
         summary="keep every k-th state of a recurrent network and run its steps again in backward",
         exact=True,
         source="Gruslys et al., Memory-Efficient Backpropagation Through Time, arXiv:1606.03401",
+        formula="the state of every k-th step: k steps' insides live at a time",
         options=CheckpointStepsOptions,
         module=_checkpoint_steps,
     ),

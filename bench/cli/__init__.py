@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -40,19 +40,33 @@ def _root(
 
 def _register() -> None:
     """Add every command, in the order of ``membench --help``."""
+    from bench.cli.baseline import baseline
+    from bench.cli.check import check
+    from bench.cli.compare import compare
     from bench.cli.doctor import doctor
+    from bench.cli.explain import explain
     from bench.cli.infer import infer
     from bench.cli.list import list_
+    from bench.cli.parity import parity
     from bench.cli.replay import replay
     from bench.cli.report import report
     from bench.cli.run import run
     from bench.cli.schema import schema
+    from bench.cli.score import score
+    from bench.cli.train import train
 
     app.command()(run)
     app.command()(report)
+    app.command()(check)
+    app.command()(baseline)
+    app.command()(compare)
+    app.command()(explain)
     app.command("list")(list_)
     app.command()(replay)
     app.command()(infer)
+    app.command()(parity)
+    app.command()(score)
+    app.add_typer(train)
     app.command()(doctor)
     app.command()(schema)
 
@@ -62,4 +76,14 @@ _register()
 
 def main() -> None:
     """Run the command line; the entry point of the script ``membench``."""
-    app()
+    # UsageError: typer has it from click, or its own copy, and exports this one kind of it.
+    usage_error = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except usage_error as error:
+        # Typer would print how to call the command first: the one line would be the last of four.
+        command = error.ctx.command_path if error.ctx is not None else "membench"
+        line = " ".join(error.format_message().split())
+        print(f"error: {line} (see {command} --help)", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)

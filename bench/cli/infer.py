@@ -29,8 +29,10 @@ def infer(
         Path | None, typer.Option("--output", "-o", help="Write the labels, 0 to 4, to this file.")
     ] = None,
     weights: Annotated[
-        Path | None,
-        typer.Option(help="Weights of both networks; without it they are random."),
+        list[Path] | None,
+        typer.Option(
+            help="Weights of both networks; twice for a file each; without it they are random."
+        ),
     ] = None,
     device: Annotated[
         InferDevice,
@@ -40,6 +42,10 @@ def infer(
         str | None,
         typer.Option(help="Predict the memory for this card, or cap the GPU to it."),
     ] = None,
+    keep_components: Annotated[
+        int,
+        typer.Option(min=1, help="Components kept of each organ; 2 keeps both kidneys."),
+    ] = 1,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")] = (
         False
@@ -54,10 +60,11 @@ def infer(
             result = run_inference(
                 volume,
                 output,
-                weights=weights,
+                weights=weights or None,
                 device=device,
                 card_name=card,
                 force=force,
+                components=keep_components,
                 say=lambda step: print(step, file=sys.stderr),
             )
         except OutOfMemoryError as error:  # nothing was misused: the GPU is too small

@@ -68,7 +68,9 @@ def _techniques() -> list[Row]:
         {
             "name": technique.name,
             "summary": technique.summary,
+            "formula": technique.formula,
             "exact": technique.exact,
+            "within": technique.within,
             "source": technique.source,
         }
         for technique in TECHNIQUES.values()

@@ -152,7 +152,13 @@ class CudaMeter:
         stats = self._cuda.memory_stats()
         reserved = stats["reserved_bytes.all.current"]
         notes: list[str] = []
-        process = self._process_bytes(reserved, notes)
+        process = nvml.best_process_bytes(
+            self._cuda.uuid,
+            os.getpid(),
+            reserved_bytes=reserved,
+            used_before_bytes=self._used_before_bytes,
+            notes=notes,
+        )
         peak = stats["reserved_bytes.all.peak"]
         return StageMemory(
             stage=name,
@@ -161,20 +167,10 @@ class CudaMeter:
             reason="",
             peak_allocated_bytes=stats["allocated_bytes.all.peak"],
             peak_reserved_bytes=peak,
-            process_bytes=None if process is None else process - reserved + peak,
+            # Others who left meanwhile may make the device's difference less than is ours.
+            process_bytes=None if process is None else max(0, process - reserved) + peak,
             notes=tuple(notes),
         )
-
-    def _process_bytes(self, reserved_bytes: int, notes: list[str]) -> int | None:
-        """Return what this process holds of the device now, by the best reading there is."""
-        own = nvml.process_bytes(self._cuda.uuid, os.getpid(), notes)
-        if own is not None and own >= reserved_bytes:  # less: another's, under our number
-            return own
-        used = nvml.device_used_bytes(self._cuda.uuid, notes)
-        if used is None or self._used_before_bytes is None:
-            return None
-        notes.append("process_bytes: the device's memory in use less that before this process")
-        return used - self._used_before_bytes
 
     def _refusal(self, name: str, text: str) -> str:
         allocated = self._cuda.memory_stats()["allocated_bytes.all.peak"]

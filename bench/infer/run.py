@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,18 +94,21 @@ def infer(
     volume: Path,
     output: Path | None,
     *,
-    weights: Path | None = None,
+    weights: Path | Sequence[Path] | None = None,
     device: InferDevice = "auto",
     card_name: str | None = None,
     force: bool = False,
+    components: int = 1,
     say: Callable[[str], None] = lambda _step: None,
 ) -> Inference:
     """Segment ``volume`` into ``output``; with ``device="predict"`` only say what it would take.
 
     What can be wrong with what was given is found before any work, except the voxels themselves.
-    ``say`` is told what happens next.
+    ``components`` of each organ stay, the largest. ``say`` is told what happens next.
     Errors: MembenchError for input that cannot be used; OutOfMemoryError on a GPU too small.
     """
+    if components < 1:
+        raise MembenchError(f"at least one component of an organ is kept, got {components}")
     place = _place(device)
     card = find_card(card_name) if card_name else None
     _check_files(volume, output, place, force)
@@ -118,7 +121,7 @@ def infer(
     networks = build_networks(weights)
     begun = time.perf_counter()
     image = read_image(volume)
-    job = _Job(image, networks, {"read": time.perf_counter() - begun}, output, say)
+    job = _Job(image, networks, {"read": time.perf_counter() - begun}, output, components, say)
     if place == "cuda":
         done = _on_gpu(job, card, used_before)
     else:
@@ -127,7 +130,7 @@ def infer(
         volume=str(volume),
         shape=image.voxels.shape,
         spacing=image.spacing,
-        weights=f"random, seed {SEED}" if weights is None else str(weights),
+        weights=_named(weights),
         parameters={s.name: _parameters(networks[s.network]) for s in STAGES},
         flops=count_flops(SEGMENTATION.network, SEGMENTATION.shape),
         **done,
@@ -140,6 +143,7 @@ class _Job:
     networks: dict[str, nn.Module]
     times_s: dict[str, float]
     output: Path | None
+    components: int
     say: Callable[[str], None]
 
 
@@ -199,7 +203,9 @@ def _segment(job: _Job, ran_on: RanOn, meter: CudaMeter | None = None) -> dict[s
     assert job.output is not None  # _check_files
     job.say(f"segmenting on the {'GPU' if meter else 'CPU'}")
     device = "cuda:0" if meter else "cpu"
-    found = Pipeline(job.networks, device, meter.stage if meter else None).segment(job.image.voxels)
+    around = meter.stage if meter else None
+    pipeline = Pipeline(job.networks, device, around, job.components)
+    found = pipeline.segment(job.image.voxels)
     begun = time.perf_counter()
     write_labels(job.output, found.labels, job.image)
     return {
@@ -228,6 +234,12 @@ def _cap(cuda: TorchCuda, card: Card) -> None:
             f"GPU has {format_bytes(free_bytes)} free; choose a smaller card"
         )
     cuda.set_memory_fraction(memory_fraction(card.capacity_bytes, total_bytes))
+
+
+def _named(weights: Path | Sequence[Path] | None) -> str:
+    if not weights:
+        return f"random, seed {SEED}"
+    return str(weights) if isinstance(weights, Path) else ", ".join(map(str, weights))
 
 
 def _parameters(network: nn.Module) -> int:

@@ -1,5 +1,9 @@
 """The two stages of FLARE21's pipeline, as data: networks and the one shape that each ever sees.
 
+The paper's 96x128x192 is taken for an array of slices, y, x, as readers of its time gave it: it
+says that the sides keep the abdomen's proportions, and an abdomen is wider from left to right than
+from back to front, and has fewer slices than either has voxels.
+
 Source: He and Luo, "Fast and Low GPU Memory Abdominal organ segmentation" (FLARE21). Fixed shapes
 are what lets a stage be predicted: its memory does not depend on the volume. torch is not imported
 here.
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 from bench.case import Case
 
 __all__ = [
+    "ARRAY_AXES",
     "ORGANS",
     "PAPER_CARD",
     "PAPER_FLOPS",
@@ -28,11 +33,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One network of the pipeline. ``shape`` is x, y, slices, in voxels."""
+    """One network of the pipeline. ``shape``: the sides of its input array: slices, y, x."""
 
     name: str
     network: str  # in memsave.networks, and in a weights file
     shape: tuple[int, int, int]
+
+    @property
+    def volume_shape(self) -> tuple[int, int, int]:
+        """The same sides as x, y, slices, the axes of volumes."""
+        slices, y, x = self.shape
+        return x, y, slices
 
     def case(self) -> Case:
         """Return the stage as a case that can be measured or predicted by itself."""
@@ -47,6 +58,7 @@ class Stage:
 
 
 SEED = 0
+ARRAY_AXES = (2, 1, 0)  # of x, y, slices: where an array's axes come from, and go back to
 REGION = Stage(name="region", network="light_unet", shape=(96, 96, 96))
 SEGMENTATION = Stage(name="organs", network="dense_vnet", shape=(96, 128, 192))
 STAGES = (REGION, SEGMENTATION)

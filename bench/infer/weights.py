@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,33 @@ from memsave import networks
 __all__ = ["build_networks", "load_weights"]
 
 
-def build_networks(weights: Path | None = None) -> dict[str, nn.Module]:
+def build_networks(weights: Path | Sequence[Path] | None = None) -> dict[str, nn.Module]:
     """Return the networks of both stages by name, on the CPU and ready to predict.
 
-    Without ``weights`` they are random, the same in every run and on every device.
+    ``weights``: one file with both networks', or several that have them between them. Without it
+    they are random, the same in every run and on every device.
     Errors: MembenchError as ``load_weights``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         built = {stage.network: networks.build(stage.network, {}).eval() for stage in STAGES}
-    if weights is not None:
+    if isinstance(weights, Path):
         load_weights(weights, built)
+    elif weights:
+        _load_from_several(weights, built)
     return built
+
+
+def _load_from_several(paths: Sequence[Path], into: Mapping[str, nn.Module]) -> None:
+    lacking = set(into)
+    for path in paths:
+        states = _read(path)
+        held = {name: into[name] for name in into if isinstance(states, dict) and name in states}
+        load_weights(path, held or into)  # a file of neither is refused, as one alone would be
+        lacking -= set(held)
+    if lacking:
+        listed = ", ".join(map(str, paths))
+        raise MembenchError(f"{listed} hold no state dict {min(lacking)!r}; give its file too")
 
 
 def load_weights(path: Path, into: Mapping[str, nn.Module]) -> None:

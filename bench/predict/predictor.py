@@ -7,18 +7,28 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.case import Case
+from bench.errors import MembenchError
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import SimulationResult, needs_bytes, simulate
 from bench.predict.cards import Card
-from bench.predict.tracer import Trace, Tracer
+from bench.predict.folding import NOT_FOLDED, fold_trace, run_lengths
+from bench.predict.folding_cases import repeated_steps, with_steps
+from bench.predict.owners import categorise_gradients, categorise_parameters, categorise_state
+from bench.predict.tracer import Trace, Tracer, releases_in_order
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
-from bench.record import Holder, Parts, Peaks
+from bench.record import SMALL_HOLDERS, Category, Holder, Parts, Peaks
 from bench.units import format_bytes
+from memsave.errors import MemsaveError
 
-__all__ = ["peak_holders", "predict", "trace_case"]
+__all__ = ["peak_holders", "predict", "trace_case", "trace_case_folded"]
 
 _DEVICES = {"cuda": "cuda:0", "cpu": "cpu"}  # fake tensors know no "cuda" without an index
-_SMALL_HOLDER_BYTES = 2**20  # holders below are added up by category
+# Smaller holders are added up by category. What a step keeps or makes is named from a few KiB on;
+# weights, their gradients and the optimizer's state would be hundreds of those in every record.
+_NAMED_BYTES = 2**12
+_NAMED_OF_PARAMETERS_BYTES = 2**20
+_NAMED_OF_PARAMETERS_SHARE = 1000  # of what tensors hold: a small network's are named too
+_OF_PARAMETERS = ("parameter", "gradient", "optimizer_state")
 
 
 def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
@@ -36,7 +46,7 @@ def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
             workload = build_workload(case, tracer.phase, _DEVICES[device_type])
             tracer.name_modules(workload.model)
             model = workload.model
-            tracer.categorise((t for t in (*model.parameters(), *model.buffers())), "parameter")
+            categorise_parameters(tracer, model)
             tracer.categorise(
                 (t for t in (workload.images, workload.target) if t is not None), "input"
             )
@@ -47,24 +57,51 @@ def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
                     if phase == "backward":
                         tracer.categorise_live_temporaries("activation", since=begun)
                     elif phase == "optimizer":
-                        gradients = (p.grad for p in model.parameters() if p.grad is not None)
-                        tracer.categorise(gradients, "gradient")
+                        categorise_gradients(tracer, model)
                     tracer.phase(phase)
 
+                tracer.flops.start()
                 workload.step(mark)
                 if workload.optimizer is not None:
-                    state = _tensors(workload.optimizer.state_dict()["state"])
-                    tracer.categorise(iter(state), "optimizer_state")
+                    categorise_state(tracer, model, workload.optimizer)
             tracer.stop()
+            tracer.trace.flops = tracer.flops.counted
+            tracer.trace.events = releases_in_order(tracer.trace.events)
             parameters = workload.parameter_count()
     return tracer.trace, parameters
+
+
+def trace_case_folded(case: Case, device_type: str) -> tuple[Trace, int, tuple[str, ...]]:
+    """Return what ``trace_case`` returns, and notes for the record.
+
+    The equal steps of a long recurrent network are traced a few times only, where the trace of
+    the others is found to follow from theirs; the notes say how it was come by.
+    """
+    repeated = repeated_steps(case)
+    if repeated is None or not run_lengths(*repeated):
+        return *trace_case(case, device_type), ()
+    counts: list[int] = []
+
+    def trace_of(steps: int) -> Trace:
+        trace, parameters = trace_case(with_steps(case, steps), device_type)
+        counts.append(parameters)
+        return trace
+
+    try:
+        folded = fold_trace(trace_of, *repeated)
+    except (MembenchError, MemsaveError):
+        # The whole case's own error names its own shape.
+        return *trace_case(case, device_type), ()
+    if folded is None or len(set(counts)) > 1:
+        return *trace_case(case, device_type), (NOT_FOLDED,)
+    return folded.trace, counts[0], (folded.note,)
 
 
 def predict(
     case: Case, card: Card, device_type: str, settings: AllocatorSettings
 ) -> dict[str, Any]:
     """Return the fields of a predicted record that the case and the card decide."""
-    bare, parameters = trace_case(case, device_type)
+    bare, parameters, notes = trace_case_folded(case, device_type)
     trace = fill_workspaces(bare, card)
     result = simulate(trace.events, card.capacity_bytes, settings)
     needed = needs_bytes(trace.events, settings)
@@ -73,6 +110,9 @@ def predict(
         "status": "ok" if fits else "oom",
         "reason": "" if fits else _oom_reason(needed, card),
         "parameters": parameters,
+        "forward_flops": bare.flops.forward,
+        "step_flops": bare.flops.total,
+        "recomputation_factor": bare.flops.recomputation_factor,
         "capacity_bytes": card.capacity_bytes,
         "needs_bytes": needed,
         "peak_requested_bytes": result.peak_requested_bytes,
@@ -87,6 +127,7 @@ def predict(
         ),
         "phases": {name: asdict(_peaks(peaks)) for name, peaks in result.phases.items()},
         "peak_holders": [asdict(h) for h in peak_holders(trace, result.peak_allocated_at_event)],
+        "notes": notes,
     }
 
 
@@ -140,37 +181,19 @@ def _live_at(trace: Trace, event_index: int) -> dict[int, int]:
 
 def peak_holders(trace: Trace, event_index: int) -> list[Holder]:
     """Return who holds the requested bytes at the peak, largest first."""
-    totals: dict[tuple[Any, ...], int] = defaultdict(int)
+    totals: dict[tuple[str, str, str, Category], int] = defaultdict(int)
     for identity, size in _live_at(trace, event_index).items():
         site, category = trace.sites[identity], trace.categories[identity]
         totals[(site.module, site.operator, site.source_line, category)] += size
-    holders: list[Holder] = []
-    small: dict[Any, int] = defaultdict(int)
-    for (module, operator, line, category), size in totals.items():
-        if size >= _SMALL_HOLDER_BYTES:
-            holders.append(
-                Holder(
-                    module=module,
-                    operator=operator,
-                    source_line=line,
-                    category=category,
-                    bytes=size,
-                )
-            )
-        else:
-            small[category] += size
-    holders += [
-        Holder(module="", operator="(below 1 MiB each)", source_line="", category=c, bytes=size)
-        for c, size in small.items()
+    tensors = sum(size for key, size in totals.items() if key[3] != "workspace")
+    share = min(_NAMED_OF_PARAMETERS_BYTES, tensors // _NAMED_OF_PARAMETERS_SHARE)
+    held: dict[tuple[str, str, str, Category], int] = defaultdict(int)
+    for key, size in totals.items():
+        category = key[3]
+        small = size < (share if category in _OF_PARAMETERS else _NAMED_BYTES)
+        held[("", SMALL_HOLDERS, "", category) if small else key] += size
+    holders = [
+        Holder(module=module, operator=operator, source_line=line, category=category, bytes=size)
+        for (module, operator, line, category), size in held.items()
     ]
     return sorted(holders, key=lambda holder: -holder.bytes)
-
-
-def _tensors(state: Any) -> list[Any]:
-    import torch
-
-    if isinstance(state, torch.Tensor):
-        return [state]
-    if isinstance(state, dict):
-        return [t for value in state.values() for t in _tensors(value)]
-    return []

@@ -13,6 +13,7 @@ backward (a hook, a custom Function, what a checkpoint recomputes) the line is t
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,10 +35,11 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.errors import MembenchError
+from bench.flops import FlopCount, Flops
 from bench.predict.source_lines import asked_by_grad_scaler, user_line
 from bench.record import Category
 
-__all__ = ["Event", "Site", "Trace", "TraceError", "Tracer"]
+__all__ = ["Event", "Site", "Trace", "TraceError", "Tracer", "releases_in_order"]
 
 Event = tuple[Any, ...]
 """``("alloc", id, bytes, stream)``, ``("free", id)``, ``("phase", name)``,
@@ -70,6 +72,20 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)  # by allocation id
     categories: list[Category] = field(default_factory=list)  # by allocation id
+    flops: Flops = Flops()  # of one step
+
+
+def releases_in_order(events: list[Event]) -> list[Event]:
+    """Return the events with frees that follow each other in the order of their ids.
+
+    What is released at one moment may come in any order: autocast's copies of the weights lie in
+    a table by address. Without an order of our own two traces of one step would differ by it. To
+    the allocator it is all the same: free neighbours end up as one block either way.
+    """
+    ordered: list[Event] = []
+    for is_free, group in itertools.groupby(events, key=lambda event: event[0] == "free"):
+        ordered.extend(sorted(group) if is_free else group)
+    return ordered
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,6 +105,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._module_stack: list[str] = []
         self._cublas_seen = False
         self._recording = True
+        self.flops = FlopCount()
 
     def __torch_dispatch__(
         self,
@@ -111,6 +128,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 "keep .item(), .tolist(), nonzero() and sizes that depend on data out of the step"
             ) from error
         packet = func.overloadpacket
+        self.flops.add(packet, args, kwargs, result, in_module=bool(self._module_stack))
         if packet is _aten.convolution or packet is _aten._convolution:
             self._convolution(args, result, site)
         elif packet is _aten.convolution_backward:
@@ -156,17 +174,26 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def phase(self, name: str) -> None:
         """Mark the beginning of a phase."""
         self.trace.events.append(("phase", name))
+        self.flops.phase = name
 
     def stop(self) -> None:
         """Record nothing more: what dies from here on is not part of the step."""
         self._recording = False
 
-    def categorise(self, tensors: Iterator[Tensor], category: Category) -> None:
-        """Give the live storages of ``tensors`` their category."""
+    def categorise(
+        self, tensors: Iterator[Tensor], category: Category, module: str | None = None
+    ) -> None:
+        """Give the live storages of ``tensors`` their category.
+
+        ``module``: whose they are, for those that were made while no module ran.
+        """
+        trace = self.trace
         for tensor in tensors:
             known = self._live.get(tensor.untyped_storage()._cdata)
             if known is not None and known[1] >= 0:
-                self.trace.categories[known[1]] = category
+                trace.categories[known[1]] = category
+                if module and not trace.sites[known[1]].module:
+                    trace.sites[known[1]] = replace(trace.sites[known[1]], module=module)
 
     def categorise_live_temporaries(self, category: Category, since: int) -> None:
         """Give what was allocated from id ``since`` on, and still lives, its category."""

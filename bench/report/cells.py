@@ -6,7 +6,8 @@ need instead of what they used, because one of the two does not fit the card.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 
 from bench.record import Record
 from bench.report.rows import Ratio, Row, Section, Table, evidence_text
@@ -17,13 +18,17 @@ __all__ = [
     "STAR",
     "cells",
     "figure_text",
+    "flops_text",
     "made_with",
     "notes",
     "per_cent_text",
     "ratio_text",
+    "recomputation_text",
     "section_title",
+    "shape_text",
     "short_title",
     "size_text",
+    "step_time_text",
     "table_title",
     "uncalibrated_parts",
 ]
@@ -45,6 +50,22 @@ def size_text(size_bytes: int | None) -> str:
 def ratio_text(ratio: Ratio | None) -> str:
     """Return ``0.62``, with a star when it is of needs."""
     return NONE if ratio is None else f"{ratio.value:.2f}{STAR if ratio.by_needs else ''}"
+
+
+def flops_text(flops: int | None) -> str:
+    """Return all digits, as papers print them: ``47,952,691,200``; a dash for None."""
+    return NONE if flops is None else f"{flops:,}"
+
+
+def recomputation_text(record: Record) -> str:
+    """Return ``1.33``, the step's FLOPs over those of computing everything once."""
+    factor = record.recomputation_factor
+    return NONE if factor is None or record.mode != "train" else f"{factor:.2f}"
+
+
+def step_time_text(times_s: Sequence[float]) -> str:
+    """Return the median of the measured steps; a dash where none was measured."""
+    return f"{statistics.median(times_s):.3g} s" if times_s else NONE
 
 
 def per_cent_text(row: Row) -> str:

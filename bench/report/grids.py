@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,10 +10,13 @@ from bench.report.cells import (
     NONE,
     cells,
     figure_text,
+    flops_text,
     ratio_text,
+    recomputation_text,
     section_title,
     short_title,
     size_text,
+    step_time_text,
 )
 from bench.report.rows import Row, Section, Table
 
@@ -28,6 +30,7 @@ __all__ = [
     "markdown_table",
     "paper_grid",
     "parts_grid",
+    "telling",
 ]
 
 _FIGURES = (
@@ -96,25 +99,24 @@ def figures_grid(table: Table) -> pd.DataFrame:
     """Return every figure of every case."""
     import pandas as pd
 
+    recomputes = any((row.record.recomputation_factor or 0) > 1 for row in table.rows)
     lines = []
     for section in table.sections:
         for row in section.rows:
             texts = cells(row)
             line = {"shape": section_title(section, table)}
             line |= {name: texts[name] for name in _FIGURES}
-            line["step time"] = _step_time_text(row.record.step_times_s)
+            line["forward FLOPs"] = flops_text(row.record.forward_flops)
+            line["step FLOPs"] = flops_text(row.record.step_flops)
+            line["recomputation"] = recomputation_text(row.record) if recomputes else NONE
+            line["step time"] = step_time_text(row.record.step_times_s)
             lines.append({name: escaped(text) for name, text in line.items()})
-    return _telling(pd.DataFrame(lines))
+    return telling(pd.DataFrame(lines))
 
 
-def _telling(frame: pd.DataFrame) -> pd.DataFrame:
+def telling(frame: pd.DataFrame) -> pd.DataFrame:
     """Leave out the columns that say nothing in any row."""
     return frame.loc[:, (frame != NONE).any()]
-
-
-def _step_time_text(times_s: Sequence[float]) -> str:
-    """Return the median of the measured steps."""
-    return f"{statistics.median(times_s):.3g} s" if times_s else NONE
 
 
 def parts_grid(table: Table) -> pd.DataFrame:
@@ -137,7 +139,7 @@ def parts_grid(table: Table) -> pd.DataFrame:
                 "not calibrated": ", ".join(row.record.uncalibrated) or NONE,
             }
             lines.append({name: escaped(text) for name, text in line.items()})
-    return _telling(pd.DataFrame(lines))
+    return telling(pd.DataFrame(lines))
 
 
 def environment_grid(table: Table) -> pd.DataFrame:

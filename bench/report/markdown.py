@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from bench.errors import MembenchError
 from bench.record import Record
@@ -26,8 +27,9 @@ from bench.report.grids import (
 )
 from bench.report.results import suite_name
 from bench.report.rows import Table, make_tables
+from bench.report.scaling import compared_by_size, scaling_text
 
-__all__ = ["report_files", "write_report", "write_reports"]
+__all__ = ["report_files", "write_files", "write_report", "write_reports"]
 
 _HEAD = "*Made by `membench report` from records. Do not edit: delete it and make it again.*"
 _PEAKS_NOTE = (
@@ -38,6 +40,7 @@ _PARTS_NOTE = (
     "the parts add up to the GPU memory of the process. Where no workspace is named, the tensors' "
     "part holds it: a GPU's allocator cannot tell the two apart."
 )
+_PLOTS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
 _UNFINISHED = ("failed", "timeout", "skipped")
 
 
@@ -52,15 +55,22 @@ def write_report(records: Sequence[Record], folder: Path) -> Path:
     return write_reports({name or "records": records}, folder)[0]
 
 
-def write_reports(by_suite: Mapping[str, Sequence[Record]], folder: Path) -> list[Path]:
-    """Write a report for each suite; nothing is written before all of them are made."""
+def write_reports(
+    by_suite: Mapping[str, Sequence[Record]], folder: Path, *, papers: bool = False
+) -> list[Path]:
+    """Write a report for each suite; nothing is written before all of them are made.
+
+    ``papers``: write ``papers.md`` too, a table for each paper.
+    """
     files: dict[str, bytes] = {}
     reports = []
     for suite, records in by_suite.items():
-        made = report_files(suite, records)
-        reports.append(folder / next(name for name in made if name.endswith(".md")))
-        files.update(made)
-    _write(folder, files)
+        files.update(report_files(suite, records))
+        reports.append(folder / f"{_file_name(suite)}.md")
+    if papers:
+        files["papers.md"] = _papers(by_suite).encode()
+        reports.append(folder / "papers.md")
+    write_files(folder, files)
     return reports
 
 
@@ -71,17 +81,24 @@ def report_files(suite: str, records: Sequence[Record]) -> dict[str, bytes]:
     """
     if not records:
         raise MembenchError(f"no records to report on for {suite}: run membench run first")
-    from bench.report.plots import plot_table
-
     files: dict[str, bytes] = {}
     text = [f"# {escaped(suite)}", _HEAD]
-    for table in make_tables(records):
-        plot = _free_name(_plot_name(suite, table), files)
-        files[f"{plot}.png"] = plot_table(table, "png")
-        files[f"{plot}.svg"] = plot_table(table, "svg")
+    tables = make_tables(records)
+    for table, plot in zip(tables, _plot_names(suite, tables), strict=True):
+        for kind in _PLOTS:
+            files[f"{plot}.{kind}"] = _picture(table, kind)
         text += _table_text(suite, table, plot)
     files[f"{_file_name(suite)}.md"] = ("\n\n".join(text) + "\n").encode()
     return files
+
+
+def _picture(table: Table, kind: Literal["png", "svg"]) -> bytes:
+    """Draw bars of what cases take, or, where a table is about sizes, lines against size."""
+    from bench.report import plots, scaling_plot
+
+    if compared_by_size(table):
+        return scaling_plot.plot_scaling(table, kind)
+    return plots.plot_table(table, kind)
 
 
 def _table_text(suite: str, table: Table, plot: str) -> list[str]:
@@ -95,6 +112,7 @@ def _table_text(suite: str, table: Table, plot: str) -> list[str]:
         "\n".join(f"- {escaped(note)}" for note in notes(table)),
         f"![{escaped(title)}]({plot}.png)",
         f"The same plot as [SVG]({plot}.svg).",
+        *(scaling_text(table) if compared_by_size(table) else []),
         "### All figures",
         f"All {table.evidence}; {_PEAKS_NOTE}",
         markdown_table(figures_grid(table), left=4),
@@ -142,12 +160,23 @@ def _plot_name(suite: str, table: Table) -> str:
     return _file_name(f"{suite}.{record.card or 'card'}{capped}.{record.evidence}")
 
 
-def _free_name(name: str, files: Mapping[str, bytes]) -> str:
-    """Number the plots that would share a name, as those of two versions of torch."""
-    taken, number = name, 2
-    while f"{taken}.png" in files:
-        taken, number = f"{name}-{number}", number + 1
-    return taken
+def _plot_names(suite: str, tables: Sequence[Table]) -> list[str]:
+    """Name the plots; those that would share a name, as of two versions of torch, are numbered."""
+    names: list[str] = []
+    for table in tables:
+        name = taken = _plot_name(suite, table)
+        number = 2
+        while taken in names:
+            taken, number = f"{name}-{number}", number + 1
+        names.append(taken)
+    return names
+
+
+def _papers(by_suite: Mapping[str, Sequence[Record]]) -> str:
+    from bench.report.papers import papers_text
+
+    plots = {suite: _plot_names(suite, make_tables(records)) for suite, records in by_suite.items()}
+    return papers_text(by_suite, plots, _HEAD)
 
 
 def _file_name(name: str) -> str:
@@ -155,8 +184,11 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]", "-", name)
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the files, or none of them: each beside its place first, then all are renamed."""
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files, or none of them: each beside its place first, then all are renamed.
+
+    Errors: MembenchError when the folder cannot be written.
+    """
     waiting = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,15 +8,18 @@ from pathlib import Path
 from bench.errors import MembenchError
 from bench.record import Record, last_records, read_records
 
-__all__ = ["read_results", "suite_name"]
+__all__ = ["CURVES_FOLDER", "read_results", "suite_name"]
+
+CURVES_FOLDER = "parity"
+"""Where, in a folder of results, ``membench parity`` keeps its curves, which are no records."""
 
 
 def read_results(paths: Sequence[Path]) -> dict[str, list[Record]]:
     """Return suite name -> the last record of each of its cases, from files and folders.
 
-    Folders are searched for ``*.jsonl``, in the order of their names; a record in a later file
-    replaces an equal case of the same suite, card and evidence in an earlier one. A case that
-    two suites share stays in both.
+    Folders are searched for ``*.jsonl``, but for the curves of ``membench parity``, in the order
+    of their names; a record in a later file replaces an equal case of the same suite, card and
+    evidence in an earlier one. A case that two suites share stays in both.
 
     Errors: MembenchError for a path that is not there, for a line that is not a record (naming
     file and line), and when no record is found at all.
@@ -48,7 +51,7 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         try:
             if path.is_dir():
-                found += sorted(path.rglob("*.jsonl"))
+                found += sorted(f for f in path.rglob("*.jsonl") if f.parent.name != CURVES_FOLDER)
             elif path.exists():
                 found.append(path)
             else:

@@ -79,7 +79,7 @@ def suite_drafts(suite: SuiteFile, rows: Sequence[Row]) -> tuple[list[Draft], li
 
 
 def _size(matrix: Matrix) -> int:
-    rows = len(matrix.networks) * len(matrix.shapes)
+    rows = sum(len(entry.shapes or matrix.shapes) for entry in matrix.networks)
     return rows * len(matrix.batch) * len(matrix.precision) * len(matrix.mode)
 
 
@@ -108,7 +108,7 @@ def draft_cases(
         draft
         for row in rows
         if isinstance(row.entry, NetworkEntry)
-        for requested in shapes
+        for requested in _row_shapes(row, row.entry, shapes)
         for draft in _row_drafts(matrix, row, row.entry, requested)
     ]
     used = {
@@ -121,6 +121,16 @@ def draft_cases(
     ]
     kept = [d for d in drafts if not any(_matches(entry, d) for entry in suite.exclude)]
     return kept, mistakes
+
+
+def _row_shapes(row: Row, entry: NetworkEntry, shapes: Sequence[Requested]) -> Sequence[Requested]:
+    """Return a row's shapes: its own in place of the suite's, none in place of volumes'."""
+    if entry.shapes is None:
+        return shapes
+    if any(requested.volumes for requested in shapes):
+        return ()
+    places = ((*row.place, "shapes", i) for i in range(len(entry.shapes)))
+    return [_requested(shape, place) for shape, place in zip(entry.shapes, places, strict=True)]
 
 
 def _row_drafts(
@@ -204,11 +214,13 @@ def _case(suite: SuiteFile, draft: Draft) -> Case:
         steps=training.steps,
         optimizer=training.optimizer.name,
         optimizer_options=training.optimizer.options,
+        schedule=training.schedule.name if training.schedule else None,
+        schedule_options=training.schedule.options if training.schedule else {},
         cudnn_benchmark=suite.cudnn_benchmark,
         time_limit_s=entry.time_limit_s or suite.time_limit_s,
         volumes=draft.requested.volumes,
         baseline=suite.baseline,
-        paper=suite.paper.figure(figure) if suite.paper and figure else None,
+        **(suite.paper.of_case(figure) if suite.paper else {}),
     )
 
 

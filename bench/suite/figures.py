@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from bench.case import Case, PaperFigure
+from bench.case import Case
 from bench.errors import nearest
 from bench.shapes import format_shape
 from bench.suite.document import Mistake
-from bench.suite.schema import Paper, SuiteFile
+from bench.suite.schema import FigureEntry, Paper, SuiteFile
 
 __all__ = ["with_figures"]
 
@@ -25,16 +25,18 @@ def with_figures(suite: SuiteFile, cases: Sequence[Case]) -> tuple[list[Case], l
             for i, entry in enumerate(suite.include)
             if entry.paper is not None
         ]
-    found: dict[str, PaperFigure] = {}
+    found: dict[str, FigureEntry] = {}
     mistakes = []
     for variant, figures in suite.paper.figures.items():
-        for shape, text in figures.items():
+        for shape, figure in figures.items():
             case = _find(suite.paper, variant, shape, cases)
             if isinstance(case, Mistake):
                 mistakes.append(case)
             else:
-                found[case.name] = suite.paper.figure(text)
-    return [dataclasses.replace(c, paper=found.get(c.name, c.paper)) for c in cases], mistakes
+                found[case.name] = figure
+    return [
+        dataclasses.replace(case, **suite.paper.of_case(found.get(case.name))) for case in cases
+    ], mistakes
 
 
 def _find(paper: Paper, variant: str, shape: str, cases: Sequence[Case]) -> Case | Mistake:

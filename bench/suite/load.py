@@ -17,6 +17,7 @@ from bench.suite.expand import Requested, draft_cases, finish, suite_drafts
 from bench.suite.figures import with_figures
 from bench.suite.form import check_form
 from bench.suite.names import Row, find_rows, name_mistakes
+from bench.suite.parity import ParityPlan, parity_plan
 from bench.suite.schema import SuiteFile
 
 __all__ = ["Suite", "load_suite", "shipped_suites", "suite_json_schema"]
@@ -69,9 +70,26 @@ class Suite:
         return self.file.paper.citation if self.file.paper else None
 
     @property
+    def paper_note(self) -> str:
+        """What a reader must know to compare our figures with the paper's; may be empty."""
+        return self.file.paper.note if self.file.paper else ""
+
+    @property
     def unit(self) -> Literal["GB", "GiB"] | None:
         """The unit of the paper's figures: GB is 10^9 bytes, GiB 2^30."""
         return self.file.paper.unit if self.file.paper else None
+
+    def parity(self) -> ParityPlan:
+        """Return what ``membench parity`` trains.
+
+        Raises MembenchError where the suite has no section ``parity``.
+        """
+        if self.file.parity is None:
+            raise MembenchError(
+                f"suite {self.name} says nothing of parity: give it a section parity, as "
+                "suites/figure4.yaml has"
+            )
+        return parity_plan(self.file.parity, self.own_cases)[0]
 
     def cases(
         self, volumes: Path | None = None, spacing: str | None = None, glob: str | None = None
@@ -190,6 +208,8 @@ def _checked_cases(document: Document, file: SuiteFile, rows: list[Row]) -> list
     elif file.baseline is not None and file.baseline not in variants:
         text = f"no case has variant {file.baseline!r}{nearest(file.baseline, variants)}"
         mistakes.append(Mistake(("baseline",), text))
+    if file.parity is not None:
+        mistakes += parity_plan(file.parity, cases)[1]
     _refuse(document, mistakes)
     return cases
 

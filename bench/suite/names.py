@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bench.errors import MembenchError, nearest
 from bench.shapes import Shape
 from bench.suite.document import Mistake, Place
-from bench.suite.schema import AnyEntry, SuiteFile, Training
+from bench.suite.schema import AnyEntry, ScheduleEntry, SuiteFile, Training
 
 if TYPE_CHECKING:
     from memsave.networks import NetworkSpec
@@ -131,6 +131,8 @@ def _check_training(training: Training, place: Place) -> None:
 
     if training.loss is not None:
         _check_known((*place, "loss"), "unknown loss", training.loss, LOSSES)
+    if training.schedule is not None:
+        _check_schedule(training.schedule, (*place, "schedule"))
     optimizer, place = training.optimizer, (*place, "optimizer")
     _check_known((*place, "name"), "unknown optimizer", optimizer.name, OPTIMIZERS)
     known = inspect.signature(OPTIMIZERS[optimizer.name][0]).parameters
@@ -140,6 +142,22 @@ def _check_training(training: Training, place: Place) -> None:
         if not _fits(value, known[key].default):
             text = f"{value!r} will not do; the usual value is {known[key].default!r}"
             raise _Wrong(Mistake((*place, key), text))
+
+
+def _check_schedule(entry: ScheduleEntry, place: Place) -> None:
+    from bench.schedules import SCHEDULES, check_schedule
+
+    _check_known((*place, "name"), "unknown schedule", entry.name, SCHEDULES)
+    if SCHEDULES[entry.name].needs_loss:
+        usable = [name for name, schedule in SCHEDULES.items() if not schedule.needs_loss]
+        text = (
+            f"schedule {entry.name!r} follows the loss, which a benchmark's step does not read "
+            f"back from the GPU: use {' or '.join(usable)}"
+        )
+        raise _Wrong(Mistake((*place, "name"), text))
+    for key, value in entry.options.items():
+        with _pointing(place, {key: value}):
+            check_schedule(entry.name, {key: value})
 
 
 def _loss(place: Place, training: Training, spec: NetworkSpec) -> str:

@@ -11,26 +11,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     field_validator,
     model_validator,
 )
 
-from bench.case import Mode, PaperFigure, Precision
+from bench.case import Mode, PaperFigure, PaperTime, Precision
 from bench.errors import SuiteError
 from bench.shapes import Shape, parse_inplane, parse_shape
+from bench.suite.entries import AnySchedule, Optioned, ScheduleEntry, Strict, named
+from bench.suite.parity_schema import Parity
 
 __all__ = [
     "AnyEntry",
     "ExcludeEntry",
+    "FigureEntry",
     "IncludeEntry",
     "Matrix",
     "NetworkEntry",
     "OptimizerEntry",
     "Paper",
+    "Parity",
+    "ScheduleEntry",
     "ShapeEntry",
     "SuiteFile",
     "TechniqueEntry",
@@ -40,6 +43,7 @@ __all__ = [
 
 _UNIT_BYTES = {"GB": 10**9, "GiB": 2**30}
 _FIGURE = re.compile(r"([>~]?) *([0-9]+(?:\.[0-9]+)?)")
+_TIME = re.compile(r"([<>~]?) *([0-9]+(?:\.[0-9]+)?)")
 _VARIANT = re.compile(r"[A-Za-z0-9._+-]+")
 
 
@@ -65,17 +69,31 @@ def _inplane(text: str) -> str:
     return text
 
 
+def _printed(value: Any, form: re.Pattern[str]) -> str | None:
+    """Return a figure as text, None where it has not the form or is 0: ratios are taken to it."""
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    match = form.fullmatch(text) if isinstance(text, str) else None
+    return text if match is not None and Decimal(match[2]) else None
+
+
 def _figure(value: Any) -> Any:
     """Accept 3.7, "> 32" and "~30.2"; keep them as text."""
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    match = _FIGURE.fullmatch(text) if isinstance(text, str) else None
-    if match is None or not Decimal(match[2]):  # ratios are taken to it, so none is 0
+    text = _printed(value, _FIGURE)
+    if text is None:
         raise ValueError(f"a paper's figure is 3.7, '> 32' or '~30.2', got {value!r}")
     return text
 
 
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+def _time(value: Any) -> Any:
+    """Accept 12, "< 105" and "~30"; keep them as text."""
+    text = _printed(value, _TIME)
+    if text is None:
+        raise ValueError(f"a paper's time is 12, '< 105', '> 60' or '~30', got {value!r}")
+    return text
+
+
+def _figured(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"memory": _figure(value)}
 
 
 def _shaped(value: Any) -> Any:
@@ -86,30 +104,16 @@ def _shaped(value: Any) -> Any:
     return value
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class _Optioned(BaseModel):
-    """A name, and options that the thing named will check."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the file gives beyond the fields that are ours."""
-        return dict(self.model_extra or {})
-
-
 Variant = Annotated[str, AfterValidator(_variant)]
 ShapeText = Annotated[str, AfterValidator(_shape), Field(examples=["96x96x96"])]
 InplaneText = Annotated[str, AfterValidator(_inplane), Field(examples=["256x256"])]
 Figure = Annotated[str, BeforeValidator(_figure, json_schema_input_type=str | float)]
+TimeFigure = Annotated[str, BeforeValidator(_time, json_schema_input_type=str | float)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 BatchSize = Annotated[int, Field(gt=0)]
 
 
-class ShapeEntry(_Strict):
+class ShapeEntry(Strict):
     """An input shape: x, y, slices."""
 
     shape: ShapeText
@@ -129,13 +133,32 @@ class ShapeEntry(_Strict):
         return None if self.crop is None else parse_inplane(self.crop)
 
 
-class TechniqueEntry(_Optioned):
+class FigureEntry(Strict):
+    """What a paper prints for a case: its memory alone, or any of these by name."""
+
+    memory: Figure | None = Field(default=None, description="In the paper's unit.")
+    time_s: TimeFigure | None = Field(default=None, description="Seconds: 12, '< 105', '~30'.")
+    flops: Annotated[int, Field(gt=0)] | None = Field(default=None, description="As printed.")
+
+    @model_validator(mode="after")
+    def _some_figure(self) -> FigureEntry:
+        if self.memory is None and self.time_s is None and self.flops is None:
+            raise ValueError("say what the paper prints: memory, time_s or flops")
+        return self
+
+
+AnyFigure = Annotated[
+    FigureEntry, BeforeValidator(_figured, json_schema_input_type=str | float | FigureEntry)
+]
+
+
+class TechniqueEntry(Optioned):
     """A technique of memsave; its options are the keys beside ``name``."""
 
     name: str
 
 
-class OptimizerEntry(_Optioned):
+class OptimizerEntry(Optioned):
     """An optimizer; its options, such as ``lr``, are the keys beside ``name``."""
 
     name: str
@@ -145,24 +168,27 @@ AnyShape = Annotated[
     ShapeEntry, BeforeValidator(_shaped, json_schema_input_type=ShapeText | ShapeEntry)
 ]
 AnyTechnique = Annotated[
-    TechniqueEntry, BeforeValidator(_named, json_schema_input_type=str | TechniqueEntry)
+    TechniqueEntry, BeforeValidator(named, json_schema_input_type=str | TechniqueEntry)
 ]
 AnyOptimizer = Annotated[
-    OptimizerEntry, BeforeValidator(_named, json_schema_input_type=str | OptimizerEntry)
+    OptimizerEntry, BeforeValidator(named, json_schema_input_type=str | OptimizerEntry)
 ]
 
 
-class Training(_Strict):
+class Training(Strict):
     """What one training step minimises, and with what."""
 
     loss: str | None = Field(default=None, description="If none, the loss of the network's paper.")
     optimizer: AnyOptimizer = OptimizerEntry(name="adam")
+    schedule: AnySchedule | None = Field(
+        default=None, description="The learning rate's, such as poly; a step counts as an epoch."
+    )
     steps: Annotated[int, Field(gt=0)] = Field(
         default=2, description="Steps that memory is taken over; the second has optimizer state."
     )
 
 
-class AnyEntry(_Optioned):
+class AnyEntry(Optioned):
     """What a row of the table and a single case have in common."""
 
     variant: Variant = Field(description="The row's name in tables and in the names of cases.")
@@ -180,6 +206,9 @@ class NetworkEntry(AnyEntry):
     """A row of the table. Keys that are not listed here are options of the network."""
 
     name: str = Field(description="The network, by its name in memsave.")
+    shapes: Annotated[list[AnyShape], Field(min_length=1)] | None = Field(
+        default=None, description="Instead of the matrix's; without part in --volumes."
+    )
 
 
 class IncludeEntry(AnyEntry):
@@ -187,10 +216,10 @@ class IncludeEntry(AnyEntry):
 
     network: str = Field(description="The network, by its name in memsave.")
     shape: AnyShape
-    paper: Figure | None = Field(default=None, description="The paper's figure for this case.")
+    paper: AnyFigure | None = Field(default=None, description="The paper's figure for this case.")
 
 
-class Matrix(_Strict):
+class Matrix(Strict):
     """Every network at every shape, batch size, precision and mode."""
 
     networks: list[NetworkEntry] = Field(min_length=1)
@@ -207,7 +236,7 @@ class Matrix(_Strict):
         return values
 
 
-class ExcludeEntry(_Strict):
+class ExcludeEntry(Strict):
     """Cases of the matrix to leave out: those that match every key given, by globs."""
 
     network: str | None = None
@@ -224,7 +253,7 @@ class ExcludeEntry(_Strict):
         return self
 
 
-class VolumesEntry(_Strict):
+class VolumesEntry(Strict):
     """How shapes are taken from a folder of volumes (``--volumes``); they are always padded."""
 
     crop: InplaneText | None = Field(
@@ -237,16 +266,26 @@ class VolumesEntry(_Strict):
         return None if self.crop is None else parse_inplane(self.crop)
 
 
-class Paper(_Strict):
+class Paper(Strict):
     """The figures a paper prints: variant, then shape as the suite writes it, then the figure."""
 
     citation: str
     unit: Literal["GB", "GiB"] = Field(description="GB: 10^9 bytes. GiB: 2^30 bytes.")
     mode: Mode = Field(default="train", description="The mode whose cases the figures belong to.")
-    figures: dict[str, dict[str, Figure]] = {}
+    note: str = Field(default="", description="What a reader must know to compare the two.")
+    figures: dict[str, dict[str, AnyFigure]] = {}
 
-    def figure(self, text: str) -> PaperFigure:
-        """Return a figure of ``figures`` with its unit and its bytes."""
+    def of_case(self, entry: FigureEntry | None) -> dict[str, Any]:
+        """Return an entry's figures as the fields of a Case: with their unit, in bytes and s."""
+        if entry is None:
+            return {}
+        return {
+            "paper": None if entry.memory is None else self._memory(entry.memory),
+            "paper_time": None if entry.time_s is None else _paper_time(entry.time_s),
+            "paper_flops": entry.flops,
+        }
+
+    def _memory(self, text: str) -> PaperFigure:
         match = _FIGURE.fullmatch(text)
         assert match is not None  # _figure let it in
         relation: Literal["=", "~", ">"] = match[1] or "="  # type: ignore[assignment]
@@ -254,7 +293,14 @@ class Paper(_Strict):
         return PaperFigure(text=f"{text} {self.unit}", relation=relation, bytes=value)
 
 
-class SuiteFile(_Strict):
+def _paper_time(text: str) -> PaperTime:
+    match = _TIME.fullmatch(text)
+    assert match is not None  # _time let it in
+    relation: Literal["=", "~", ">", "<"] = match[1] or "="  # type: ignore[assignment]
+    return PaperTime(text=f"{text} s", relation=relation, seconds=float(match[2]))
+
+
+class SuiteFile(Strict):
     """A suite of membench: networks x shapes, and what a paper says of them."""
 
     title: str = Field(min_length=1)
@@ -271,6 +317,7 @@ class SuiteFile(_Strict):
     exclude: list[ExcludeEntry] = []
     volumes: VolumesEntry = VolumesEntry()
     paper: Paper | None = None
+    parity: Parity | None = None
 
     @model_validator(mode="after")
     def _some_cases(self) -> SuiteFile:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.case import Case, PaperFigure, TechniqueUse, known_fields
+from bench.case import Case, PaperFigure, PaperTime, TechniqueUse, known_fields
 from tests.bench.records import make_case
 
 FULL: dict[str, Any] = {
@@ -23,6 +23,8 @@ FULL: dict[str, Any] = {
     "loss": "dice",
     "optimizer": "sgd",
     "optimizer_options": {"lr": 0.01},
+    "schedule": "poly",
+    "schedule_options": {"epochs": 100},
     "steps": 3,
     "timed_steps": 4,
     "seed": 7,
@@ -30,6 +32,8 @@ FULL: dict[str, Any] = {
     "time_limit_s": 12.5,
     "volumes": ("head.nii.gz",),
     "paper": PaperFigure(text="> 32 GB", relation=">", bytes=32 * 10**9),
+    "paper_time": PaperTime(text="< 45 s", relation="<", seconds=45.0),
+    "paper_flops": 20_339_341_715,
     "baseline": "double_conv",
     "position": 5,
 }
@@ -94,6 +98,12 @@ def test_the_digest_ignores_what_only_a_report_reads() -> None:
     """A corrected figure of the paper, or a case added before this one, makes no case anew."""
     paper = PaperFigure(text="3.7 GB", relation="=", bytes=3_700_000_000)
     other = make_case(paper=paper, position=9, volumes=("head.nii.gz",))
+    assert other.digest() == make_case().digest()
+
+
+def test_the_digest_ignores_the_schedule() -> None:
+    """It sets numbers: no byte and no second of a step depend on it."""
+    other = make_case(schedule="poly", schedule_options={"power": 2})
     assert other.digest() == make_case().digest()
 
 

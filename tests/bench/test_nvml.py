@@ -144,6 +144,49 @@ def test_a_process_that_nvml_does_not_see_is_none_with_the_reason(notes: list[st
     assert "container" in notes[0]
 
 
+def best(notes: list[str], pid: int, reserved_mib: int, before_mib: int | None) -> int | None:
+    return nvml.best_process_bytes(
+        "bbbb-2",
+        pid,
+        reserved_bytes=reserved_mib * MIB,
+        used_before_bytes=None if before_mib is None else before_mib * MIB,
+        notes=notes,
+    )
+
+
+LESS_BEFORE = "process_bytes: the device's memory in use less what was in use before this process"
+
+
+@pytest.mark.parametrize("reserved_mib", [150, 200], ids=["less", "equal"])
+def test_the_best_reading_of_a_process_is_its_own(notes: list[str], reserved_mib: int) -> None:
+    assert best(notes, 42, reserved_mib, 100) == 200 * MIB
+    assert notes == []
+
+
+def test_a_process_that_holds_less_than_our_allocator_is_not_ours(notes: list[str]) -> None:
+    """The device has 300 MiB in use, 120 of them before."""
+    assert best(notes, 42, 201, 120) == 180 * MIB
+    assert notes == [LESS_BEFORE]
+
+
+def test_a_process_that_nvml_hides_is_the_devices_use_less_that_before(notes: list[str]) -> None:
+    assert best(notes, 7, 10, 120) == 180 * MIB
+    assert "process 7 is not one of them" in notes[0]
+    assert notes[1:] == [LESS_BEFORE]
+
+
+def test_without_what_was_used_before_there_is_no_best_reading(notes: list[str]) -> None:
+    assert best(notes, 7, 10, None) is None
+    assert LESS_BEFORE not in notes
+
+
+def test_without_the_devices_use_there_is_no_best_reading(fake: FakeNvml, notes: list[str]) -> None:
+    fake.refuse = {"processes", "memory v1", "memory v2"}
+
+    assert best(notes, 42, 10, 120) is None
+    assert [note.split(":")[0] for note in notes] == ["process memory", "device memory"]
+
+
 @pytest.mark.usefixtures("fake")
 def test_the_other_processes_are_all_but_ones_own() -> None:
     assert nvml.other_processes("bbbb-2", 42) == (nvml.ProcessUse(pid=43, used_bytes=None),)

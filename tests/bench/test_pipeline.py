@@ -91,6 +91,19 @@ def test_stage_two_sees_the_box_of_the_body_with_its_margin() -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_a_network_sees_slices_then_y_then_x() -> None:
+    """The paper's 96x128x192 as its arrays lie: the abdomen is widest from left to right."""
+    networks = bright_networks()
+    voxels = np.zeros((60, 40, 20), dtype=np.float32)
+    voxels[40:, :, 15:] = 1  # right half and top
+    Pipeline(networks).segment(voxels)
+    (small,) = networks["light_unet"].seen
+    assert (small[0, 0, -1, :, -1] > 0.5).all()
+    assert not (small[0, 0, 0] > 0.5).any()
+    assert not (small[0, 0, :, :, 0] > 0.5).any()
+
+
+@pytest.mark.usefixtures("small")
 def test_labels_land_where_the_organ_is_and_the_speck_outside_of_the_box_is_gone() -> None:
     found = Pipeline(bright_networks()).segment(body())
     expected = body() > 0
@@ -115,6 +128,14 @@ def test_only_the_largest_component_of_an_organ_stays() -> None:
     assert found.box == Box.whole((40, 32, 48))
     assert found.labels[15, 12, 24] == 1
     assert not found.labels[30:].any()
+
+
+@pytest.mark.usefixtures("small")
+def test_as_many_components_of_an_organ_stay_as_are_asked_for() -> None:
+    networks = bright_networks(region=-9)
+    found = Pipeline(networks, components=2).segment(body())
+    assert found.labels[15, 12, 24] == 1
+    assert found.labels[38, 30, 46] == 1
 
 
 @pytest.mark.usefixtures("small")
@@ -363,6 +384,24 @@ def test_weights_of_a_file_are_taken(networks: dict[str, nn.Module], tmp_path: P
             assert torch.equal(loaded[name].state_dict()[key], value), key
 
 
+def test_weights_may_lie_in_a_file_a_network(
+    networks: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    given = {name: {k: v + 1 for k, v in state.items()} for name, state in states(networks).items()}
+    paths = [tmp_path / f"{name}.pt" for name in given]
+    for path, (name, state) in zip(paths, given.items(), strict=True):
+        torch.save({name: state, "options": {}}, path)
+    loaded = build_networks(paths)
+    for name, state in given.items():
+        for key, value in state.items():
+            assert torch.equal(loaded[name].state_dict()[key], value), key
+    with pytest.raises(MembenchError, match="hold no state dict 'dense_vnet'; give its file too"):
+        build_networks([path for path in paths if path.stem == "light_unet"])
+    torch.save({"other": {}}, tmp_path / "other.pt")
+    with pytest.raises(MembenchError, match=r"other\.pt holds no state dict"):
+        build_networks([*paths, tmp_path / "other.pt"])
+
+
 def refusal(path: Path, networks: dict[str, nn.Module]) -> str:
     """The one line for a weights file that does not fit; nothing may have been loaded."""
     before = states(networks)
@@ -551,9 +590,18 @@ def test_where_the_driver_does_not_tell_processes_apart_the_device_is_read(
     monkeypatch.setattr(nvml, "device_used_bytes", lambda *_: 500 * MIB + cuda.process_bytes)
     region, _ = run_stages(cuda, used_before_bytes=500 * MIB)
     assert region.process_bytes == 132 * MIB
-    assert "the device's memory in use less that before" in region.notes[0]
+    assert "less what was in use before this process" in region.notes[0]
     unknown, _ = run_stages(cuda, used_before_bytes=None)
     assert unknown.process_bytes is None
+
+
+def test_others_who_leave_meanwhile_do_not_make_a_stage_smaller_than_its_blocks(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvml, "process_bytes", lambda *_: None)
+    monkeypatch.setattr(nvml, "device_used_bytes", lambda *_: cuda.process_bytes)
+    region, organs = run_stages(cuda, used_before_bytes=900 * MIB)
+    assert [r.process_bytes for r in (region, organs)] == [32 * MIB, 12 * MIB]
 
 
 def test_another_process_under_our_number_is_not_taken_for_ours(

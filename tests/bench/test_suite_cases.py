@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import bench
-from bench.case import Case, PaperFigure, TechniqueUse
+from bench.case import Case, PaperFigure, PaperTime, TechniqueUse
 from bench.errors import MembenchError, SuiteError
 from bench.suite import Suite, load_suite, shipped_suites
 from memsave.networks import NETWORKS
@@ -204,6 +204,53 @@ paper: {citation: c, unit: GB, mode: infer, figures: {small: {96x96x96: 2}}}
 """
     with_figure = [case for case in load(tmp_path, GOOD + added).cases() if case.paper]
     assert [case.name for case in with_figure] == ["fcn/small/96x96x96/infer"]
+
+
+def test_a_paper_s_time_and_flops_stand_beside_its_memory_or_alone(tmp_path: Path) -> None:
+    added = """\
+include:
+  - {network: fcn, variant: one, shape: 8x8x8, paper: {flops: 20339341715}}
+paper:
+  citation: c
+  unit: GB
+  note: Mind the unit.
+  figures:
+    baseline: {96x96x96: {memory: "~8", time_s: "< 105"}, 64x64x45: {time_s: 4.50}}
+"""
+    suite = load(tmp_path, GOOD + added)
+    assert [(case.paper, case.paper_time, case.paper_flops) for case in suite.cases()] == [
+        (
+            PaperFigure(text="~8 GB", relation="~", bytes=8_000_000_000),
+            PaperTime(text="< 105 s", relation="<", seconds=105.0),
+            None,
+        ),
+        (None, PaperTime(text="4.50 s", relation="=", seconds=4.5), None),
+        (None, None, None),
+        (None, None, None),
+        (None, None, 20_339_341_715),
+    ]
+    assert suite.paper_note == "Mind the unit."
+    assert load(tmp_path, GOOD).paper_note == ""
+
+
+def test_a_row_may_have_shapes_of_its_own(tmp_path: Path) -> None:
+    """As a 2D network beside 3D ones has to; its mistakes are pointed at where they stand."""
+    rows = GOOD.replace(
+        "block: ccblock}", "block: ccblock, shapes: [8x8x8, {shape: 9x9x9, pad: true}]}"
+    )
+    assert names(load(tmp_path, rows)) == [
+        *("fcn/baseline/96x96x96/train", "fcn/baseline/64x64x45/train"),
+        *("fcn/small/8x8x8/train", "fcn/small/9x9x9/train"),
+    ]
+    with pytest.raises(SuiteError, match=r"line 6: matrix\.networks\[1\]\.shapes\[0\]: .*side 4"):
+        load(tmp_path, rows.replace("8x8x8,", "4x8x8,"))
+
+
+def test_a_row_with_shapes_of_its_own_takes_no_part_in_volumes(tmp_path: Path) -> None:
+    rows = GOOD.replace("block: ccblock}", "block: ccblock, shapes: [8x8x8]}")
+    volume(tmp_path / "v/head.nii.gz", (16, 16, 16))
+    cases = load(tmp_path, rows).cases(volumes=tmp_path / "v")
+    assert [case.name for case in cases] == ["fcn/baseline/16x16x16/train"]
 
 
 def test_a_glob_matches_the_asked_and_the_padded_shape(tmp_path: Path) -> None:

@@ -316,6 +316,14 @@ def test_a_wrong_part_beside_the_rows(tmp_path: Path, added: str, message: str) 
             "baseline: {96x96x96: true}",
             "baseline.96x96x96: a paper's figure is 3.7, '> 32' or '~30.2', got True",
         ),
+        (
+            "baseline: {96x96x96: {time_s: fast}}",
+            "baseline.96x96x96.time_s: a paper's time is 12, '< 105', '> 60' or '~30', got 'fast'",
+        ),
+        (
+            "baseline: {96x96x96: {}}",
+            "baseline.96x96x96: say what the paper prints: memory, time_s or flops",
+        ),
         ("baseline: 3", "baseline: should be a mapping (key: value), got 3"),
     ],
 )

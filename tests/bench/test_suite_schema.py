@@ -24,7 +24,7 @@ def test_the_schema_knows_every_key_and_allows_no_other() -> None:
     assert data["additionalProperties"] is False
     assert list(data["properties"]) == [
         *("title", "description", "card", "time_limit_s", "cudnn_benchmark", "baseline"),
-        *("training", "matrix", "include", "exclude", "volumes", "paper"),
+        *("training", "matrix", "include", "exclude", "volumes", "paper", "parity"),
     ]
 
 
@@ -46,4 +46,5 @@ def test_the_schema_takes_the_short_forms_too() -> None:
 def test_the_schema_leaves_room_for_options_where_they_go() -> None:
     definitions = suite_json_schema()["$defs"]
     open_ended = {name for name, kind in definitions.items() if kind["additionalProperties"]}
-    assert open_ended == {"NetworkEntry", "IncludeEntry", "TechniqueEntry", "OptimizerEntry"}
+    named = {"TechniqueEntry", "OptimizerEntry", "ScheduleEntry"}
+    assert open_ended == {"NetworkEntry", "IncludeEntry", *named}

@@ -6,6 +6,7 @@ import pytest
 
 from bench.case import Case, TechniqueUse
 from bench.suite import load_suite
+from memsave.networks import build
 
 PATCH, LARGE, FULL = "96x96x96", "256x256x152", "256x256x234"
 SHAPES = (PATCH, LARGE, "256x256x45", "256x256x128", FULL)
@@ -20,6 +21,7 @@ PRINTED = {
     "ccblock+inplace_abn+mp": ("1.6", "11.7", "~17.6"),
 }
 OURS = "ccblock+inplace_abn+mp+checkpoint"
+POCKET = ("pocket", "ccblock+inplace_abn+mp+pocket")  # beside the paper, without its figures
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,11 @@ def cases() -> dict[str, Case]:
     return {case.name: case for case in load_suite("table1").cases()}
 
 
-def test_its_cases_are_the_papers_rows_and_one_of_ours_at_five_shapes(
+def test_its_cases_are_the_papers_rows_and_three_of_ours_at_five_shapes(
     cases: dict[str, Case],
 ) -> None:
     assert list(cases) == [
-        f"fcn/{variant}/{shape}/train" for variant in (*PRINTED, OURS) for shape in SHAPES
+        f"fcn/{variant}/{shape}/train" for variant in (*PRINTED, OURS, *POCKET) for shape in SHAPES
     ]
 
 
@@ -73,7 +75,35 @@ def test_its_rows_differ_as_the_papers_do(cases: dict[str, Case]) -> None:
         "ccblock+inplace_abn": (in_place, "fp32", ()),
         "ccblock+inplace_abn+mp": (in_place, "fp16", ()),
         OURS: (in_place, "fp16", (TechniqueUse(name="checkpoint"),)),
+        "pocket": ({"widths": "pocket"}, "fp32", ()),
+        "ccblock+inplace_abn+mp+pocket": ({**in_place, "widths": "pocket"}, "fp16", ()),
     }
+
+
+def test_pocket_widths_have_the_parameters_of_64_channels_on_every_level(
+    cases: dict[str, Case],
+) -> None:
+    """The baseline by hand, 64 channels throughout: an encoder block 64 -> 32 -> 64 (the first
+    starts at 1 channel, the others 64 -> 64 -> 64), a decoder of a biased 1x1x1 and 64 -> 32 -> 64,
+    norms of two a channel, and the head 64 -> 3."""
+
+    def block(i: int, m: int) -> int:
+        return 27 * (i * m + m * 64) + 2 * (m + 64)
+
+    encoder = block(1, 32) + 3 * block(64, 64)
+    decoder = 3 * (64 * 64 + 64 + block(64, 32))
+    expected = encoder + decoder + 64 * 3 + 3
+    assert expected == 733_731
+    counted = {
+        variant: sum(
+            p.numel()
+            for p in build(
+                "fcn", cases[f"fcn/{variant}/{PATCH}/train"].network_options
+            ).parameters()
+        )
+        for variant in POCKET
+    }
+    assert counted == {POCKET[0]: expected, POCKET[1]: 354_579}
 
 
 def test_its_training_is_the_papers(cases: dict[str, Case]) -> None:

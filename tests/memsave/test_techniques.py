@@ -29,6 +29,8 @@ def test_an_entry_says_what_it_is(name: str) -> None:
     assert technique.name == name
     assert technique.summary
     assert technique.source
+    assert technique.formula
+    assert bool(technique.within) is not technique.exact
     frozen = parse_options(technique, {})
     assert dataclasses.is_dataclass(frozen)
 

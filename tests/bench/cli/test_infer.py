@@ -261,7 +261,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, quick: list[str]) -> FakeCuda:
     monkeypatch.setattr("bench.nvml.process_bytes", lambda *_: fake.process_bytes)
     plain = pipeline.Pipeline
     monkeypatch.setattr(
-        pipeline, "Pipeline", lambda networks, _gpu, around: plain(networks, "cpu", around)
+        pipeline, "Pipeline", lambda networks, _gpu, *others: plain(networks, "cpu", *others)
     )
 
     class Meter(CudaMeter):
@@ -275,6 +275,35 @@ def gpu(monkeypatch: pytest.MonkeyPatch, quick: list[str]) -> FakeCuda:
     monkeypatch.setattr(run, "CudaMeter", Meter)
     assert quick == []
     return fake
+
+
+@pytest.mark.usefixtures("quick")
+def test_components_and_weights_of_two_files_are_as_asked_for(
+    volume: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    largest = pipeline.largest_components
+
+    def spy(labels: Any, keep: int) -> Any:
+        kept.append(keep)
+        return largest(labels, keep)
+
+    monkeypatch.setattr(pipeline, "largest_components", spy)
+    files = []
+    for name, network in build_networks().items():
+        files.append(tmp_path / f"{name}.pt")
+        torch.save({name: network.state_dict()}, files[-1])
+    given = [part for file in files for part in ("--weights", file)]
+    result = invoke(volume, "-o", output, "--json", "--keep-components", 2, *given)
+    assert result.exit_code == 0, result.output
+    assert kept == [2]
+    assert json.loads(result.stdout)["weights"] == ", ".join(map(str, files))
+
+
+def test_at_least_one_component_is_kept(volume: Path, output: Path) -> None:
+    assert invoke(volume, "-o", output, "--keep-components", 0).exit_code == 2
+    with pytest.raises(MembenchError, match="at least one component of an organ is kept, got 0"):
+        run_inference(volume, output, components=0)
 
 
 def test_on_a_gpu_the_stages_are_measured(

@@ -103,8 +103,42 @@ def test_an_output_that_cannot_be_written_is_one_line(results: Path, tmp_path: P
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_no_results_at_all_is_misuse() -> None:
-    assert invoke()[0] == 2
+def test_no_results_at_all_is_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a folder ``results`` lies at hand: it is taken with --all alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    assert_refused(invoke(), "no results given", "--all")
+
+
+def test_all_takes_the_folder_results_and_writes_papers_md_after_the_reports(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = invoke("--all")
+    assert (code, stderr) == (0, "")
+    reports = Path("reports")
+    assert stdout == f"report: {reports / 'table1.md'}\nreport: {reports / 'papers.md'}\n"
+    text = (tmp_path / "reports" / "papers.md").read_text()
+    assert "## Memory-efficient FCN" in text
+    assert "v100-32gb" in text
+
+
+def test_all_takes_the_results_that_are_named(results: Path, tmp_path: Path) -> None:
+    out_folder = tmp_path / "r"
+    assert invoke(results, "--all", "--output", out_folder)[0] == 0
+    assert (out_folder / "papers.md").exists()
+
+
+def test_papers_md_is_written_with_all_only(results: Path, tmp_path: Path) -> None:
+    assert invoke(results, "--output", tmp_path / "r")[0] == 0
+    assert not (tmp_path / "r" / "papers.md").exists()
+
+
+def test_all_without_a_folder_results_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(invoke("--all"), "results does not exist")
 
 
 def test_the_command_is_defined_without_what_only_reports_need() -> None:

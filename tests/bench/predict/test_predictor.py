@@ -14,6 +14,7 @@ from bench.predict.cards import find_card
 from bench.predict.predictor import peak_holders, predict, trace_case
 from bench.predict.tracer import Site, Trace
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
+from bench.record import SMALL_HOLDERS, Category
 
 MIB = 2**20
 SETTINGS = AllocatorSettings()
@@ -207,7 +208,22 @@ def test_peak_holders_add_up_equal_allocations_and_small_ones_by_category() -> N
         categories=["activation", "activation", "gradient", "gradient", "temporary", "temporary"],
     )
     held = peak_holders(trace, 5)
-    assert [(h.module, h.category, h.bytes) for h in held] == [
-        ("big", "activation", 5 * MIB),
-        ("", "gradient", 30),
+    assert [(h.module, h.operator, h.category, h.bytes) for h in held] == [
+        ("big", "op", "activation", 5 * MIB),
+        ("", SMALL_HOLDERS, "gradient", 30),
     ]
+
+
+def test_what_a_step_keeps_is_named_from_four_kib_on_and_weights_from_a_thousandth() -> None:
+    """All but the workspace are 8,024,238 bytes, so a thousandth is 8,024."""
+    sizes = [8_000_000, 4_096, 4_095, 8_024, 8_023, 2**30]
+    categories: list[Category] = [
+        *("activation", "activation", "temporary", "parameter", "gradient", "workspace")
+    ]
+    trace = Trace(
+        events=[("alloc", n, size, 0) for n, size in enumerate(sizes)],
+        sites=[Site(f"m{n}", "op", "f.py:1") for n in range(len(sizes))],
+        categories=categories,
+    )
+    held = {h.module: h.bytes for h in peak_holders(trace, 5) if h.operator != SMALL_HOLDERS}
+    assert held == {"m0": 8_000_000, "m1": 4_096, "m3": 8_024, "m5": 2**30}
