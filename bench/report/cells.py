@@ -113,6 +113,7 @@ def cells(row: Row) -> dict[str, str]:
         "requested": _peak_text(record, record.peak_requested_bytes),
         "allocated": _peak_text(record, record.peak_allocated_bytes),
         "reserved": _peak_text(record, record.peak_reserved_bytes),
+        "recomputation": recomputation_text(record),
         "evidence": evidence_text(record),
     }
 

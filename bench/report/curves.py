@@ -106,7 +106,7 @@ def _draw_pairs(
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the usual one writes formulas
     right.set_ylabel("difference from the plain loss")
     right.set_title("dotted: its band", loc="right", fontsize=8, color=TEXT_COLOUR)
-    right.legend(frameon=False, fontsize=7, loc="lower right")
+    right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.17))
 
 
 def _draw_difference(

@@ -107,12 +107,10 @@ def _table_text(suite: str, table: Table, plot: str) -> list[str]:
     return [
         f"## {escaped(title)}",
         escaped(made_with(table)) + ".",
-        f"Each cell: **ours** ({table.evidence}), its ratio, and below it the paper's figure.",
-        markdown_table(paper_grid(table), left=1),
+        *_overview(table),
         "\n".join(f"- {escaped(note)}" for note in notes(table)),
         f"![{escaped(title)}]({plot}.png)",
         f"The same plot as [SVG]({plot}.svg).",
-        *(scaling_text(table) if compared_by_size(table) else []),
         "### All figures",
         f"All {table.evidence}; {_PEAKS_NOTE}",
         markdown_table(figures_grid(table), left=4),
@@ -124,6 +122,16 @@ def _table_text(suite: str, table: Table, plot: str) -> list[str]:
         "```sh\n" + "\n".join(_commands(suite, table)) + "\n```",
         "### Environment",
         markdown_table(environment_grid(table), left=2),
+    ]
+
+
+def _overview(table: Table) -> list[str]:
+    """Return the table as a paper has it; of many sizes, their lines and limits instead."""
+    if compared_by_size(table):
+        return scaling_text(table)
+    return [
+        f"Each cell: **ours** ({table.evidence}), its ratio, and below it the paper's figure.",
+        markdown_table(paper_grid(table), left=1),
     ]
 
 

@@ -103,7 +103,7 @@ def side_text(shape: Shape) -> str:
 
 
 def scaling_text(table: Table) -> list[str]:
-    """Return the paragraphs that follow the plot."""
+    """Return the paragraphs that say what each size of card holds."""
     return [
         f"### Largest input, {table.evidence}",
         markdown_table(scaling_grid(scaling_series(table)), left=2),

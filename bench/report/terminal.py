@@ -34,8 +34,10 @@ _COLUMNS = {
     "allocated": 6,
     "reserved": 4,
     "requested": 1,
+    "recomputation": 10,
     "evidence": 3,
 }
+_SAYS_NOTHING = {"recomputation": ("-", "1.00")}  # in all rows; of other columns, a dash
 _LEFT = ("variant", "precision", "evidence")
 _COLOURS = {"ok": "", "oom": "red", "failed": "bold red", "timeout": "bold red", "skipped": "dim"}
 
@@ -83,7 +85,7 @@ def _widths(rows: Sequence[dict[str, str]]) -> dict[str, int]:
     return {
         name: max(len(name), *(len(row[name]) for row in rows))
         for name in _COLUMNS
-        if any(row[name] != "-" for row in rows)
+        if any(row[name] not in _SAYS_NOTHING.get(name, ("-",)) for row in rows)
     }
 
 

@@ -57,7 +57,10 @@ def test_growth_is_named_along_each_axis_largest_first_and_losses_last() -> None
     )
     assert growth.by_line == (Change("net.py:40", 0, 7), Change("net.py:10", 30, 28))
     assert growth.to_dict()["by_module"][0] == {
-        "name": "encoder.1", "before_bytes": 0, "after_bytes": 7, "growth_bytes": 7,
+        "name": "encoder.1",
+        "before_bytes": 0,
+        "after_bytes": 7,
+        "growth_bytes": 7,
     }
 
 

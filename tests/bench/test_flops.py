@@ -10,12 +10,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.case import TechniqueUse
 from bench.flops import FlopCount, Flops, flops_of
-from bench.predict.predictor import trace_case
+from bench.predict.alloc_conf import parse_alloc_conf
+from bench.predict.cards import find_card
+from bench.predict.predictor import predict, trace_case
 from memsave import networks
 from tests.bench.records import make_case
 
 aten = torch.ops.aten
+CHECKPOINT = TechniqueUse(name="checkpoint")
 
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -99,6 +103,18 @@ def test_states_of_a_recurrent_network_make_every_slice_run_twice() -> None:
         assert again.recomputed == plain.forward
 
 
+def test_a_predicted_record_says_its_flops_and_how_much_is_computed_twice() -> None:
+    """The light U-Net's stem sees the image, which needs no gradient: not quite 3 forwards."""
+    case = make_case(network="light_unet", requested_shape=(16, 16, 16), techniques=(CHECKPOINT,))
+    readings = predict(case, find_card("v100-32gb"), "cpu", parse_alloc_conf(""))
+    trace, _ = trace_case(case, "cpu")
+    assert readings["forward_flops"] == trace.flops.forward
+    assert readings["step_flops"] == trace.flops.total
+    factor = readings["recomputation_factor"]
+    assert factor == trace.flops.total / (trace.flops.total - trace.flops.recomputed)
+    assert 1.2 < factor < 4 / 3 + 0.01
+
+
 def test_a_prediction_costs_its_forward_and_nothing_more() -> None:
     flops = flops_of_step("light_unet", mode="infer")
     assert flops == Flops(flops.forward, 0, flops.forward)
@@ -113,7 +129,7 @@ def test_depthwise_convolutions_train_at_three_times_their_forward() -> None:
     image = torch.randn(1, 1, 4, 4, 4)
     first, depthwise = 2 * 8 * 64, 2 * 8 * 27 * 64
 
-    class Counting(TorchDispatchMode):
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:

@@ -1,4 +1,4 @@
-"""``papers.md``: a section a paper, the paper's figures beside ours, and what pocket widths save."""
+"""``papers.md``: a section a paper, its figures beside ours, and what pocket widths save."""
 
 from __future__ import annotations
 

@@ -83,15 +83,14 @@ def test_its_rows_differ_as_the_papers_do(cases: dict[str, Case]) -> None:
 def test_pocket_widths_have_the_parameters_of_64_channels_on_every_level(
     cases: dict[str, Case],
 ) -> None:
-    """The baseline by hand, 64 channels throughout: an encoder block 64 -> 32 -> 64 (the first
-    starts at 1 channel, the others 64 -> 64 -> 64), a decoder of a biased 1x1x1 and 64 -> 32 -> 64,
-    norms of two a channel, and the head 64 -> 3."""
+    """The baseline by hand: every block goes through half its 64 channels, from 1 in the first;
+    two norms of two a channel; a decoder has a biased 1x1x1 before it; the head gives 3 classes."""
 
-    def block(i: int, m: int) -> int:
-        return 27 * (i * m + m * 64) + 2 * (m + 64)
+    def block(channels: int) -> int:
+        return 27 * (channels * 32 + 32 * 64) + 2 * (32 + 64)
 
-    encoder = block(1, 32) + 3 * block(64, 64)
-    decoder = 3 * (64 * 64 + 64 + block(64, 32))
+    encoder = block(1) + 3 * block(64)
+    decoder = 3 * (64 * 64 + 64 + block(64))
     expected = encoder + decoder + 64 * 3 + 3
     assert expected == 733_731
     counted = {

@@ -162,7 +162,7 @@ def test_a_function_with_options_of_its_own_is_kept(x: Tensor) -> None:
 
 
 class Shared(nn.Module):
-    """One activation after a norm and after a sum, as in DynUNet's residual blocks."""
+    """One activation after a norm, again on its own result, and after a sum (as in DynUNet)."""
 
     def __init__(self, between: nn.Module | None = None) -> None:
         super().__init__()
@@ -176,7 +176,8 @@ class Shared(nn.Module):
         y = self.norm(self.conv(x))
         if self.between is not None:
             y = self.between(y)
-        result: Tensor = self.act(self.second(self.act(y)) + 1)
+        y = self.act(self.act(y))
+        result: Tensor = self.act(self.second(y) - y)  # of both signs
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -41,12 +42,16 @@ def test_torchs_own_checks_pass(groups: int | None, dtype: torch.dtype) -> None:
 
 # torch's own tracing of an autograd function, on Python 3.11, not ours
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inductor's
 @pytest.mark.parametrize("norm", [InPlaceABN(4), InPlaceGroupNorm(2, 4)], ids=["abn", "group"])
-def test_a_compiled_network_gives_the_same_in_one_graph(norm: nn.Module) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_network_gives_the_same_in_one_graph(norm: nn.Module, backend: str) -> None:
+    """Inductor leaves the two operators and the convolutions as they are, so to the bit as well."""
     torch.manual_seed(0)
+    norm = copy.deepcopy(norm)
     model = nn.Sequential(nn.Conv1d(3, 4, 3), norm, nn.Conv1d(4, 2, 1))
     image = torch.randn(2, 3, 9)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     results: list[list[Tensor]] = []
     for run in (model, compiled):
         model.zero_grad()

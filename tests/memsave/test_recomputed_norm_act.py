@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -277,6 +279,32 @@ def test_backward_needs_one_map_more_than_its_gradients() -> None:
     # gradient of the sum is expanded, so made dense by the convolution: one map more with z and dz
     small = 4 * (C * C * 9 * 4 + 16 * C * 4)
     assert 3 * one_map <= live.peak_bytes <= 3 * one_map + small
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu", "gelu", "tanh", "sigmoid"])
+def test_z_is_made_over_the_norms_result(activation: str) -> None:
+    mine = nn.Sequential(RecomputedNormAct(nn.BatchNorm2d(C), ACTIVATIONS[activation]()), conv())
+    x = torch.randn(N, C, 32, 32)
+    result: Any = _in_scope(mine, x * 1)
+    with LiveBytes() as live:
+        assert result.grad_fn._saved_input.shape == x.shape
+    assert x.nbytes <= live.peak_bytes <= x.nbytes + 16 * C * 4
+
+
+def test_what_z_was_made_of_dies_with_the_graph_though_somebody_holds_z() -> None:
+    """At once, at the end of the scope, and not when the garbage collector comes by."""
+    pair = RecomputedNormAct(nn.BatchNorm2d(C), nn.ReLU())
+    gc.disable()
+    try:
+        with recompute(pair):
+            x = torch.randn(N, C, H, W) * 1
+            kept = weakref.ref(x.untyped_storage())
+            z = pair(x).detach()
+            del x
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert z.shape == (N, C, H, W)
 
 
 def test_z_itself_is_not_referenced_by_the_graph() -> None:

@@ -25,6 +25,7 @@ from bench.infer.memory import CudaMeter, StageMemory
 from bench.infer.run import infer as run_inference
 from bench.infer.stages import REGION, SEGMENTATION
 from bench.infer.weights import build_networks
+from bench.preprocess import largest_components
 from bench.units import GIB, MIB
 from tests.bench.fake_cuda import FakeCuda
 
@@ -282,11 +283,10 @@ def test_components_and_weights_of_two_files_are_as_asked_for(
     volume: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[int] = []
-    largest = pipeline.largest_components
 
     def spy(labels: Any, keep: int) -> Any:
         kept.append(keep)
-        return largest(labels, keep)
+        return largest_components(labels, keep)
 
     monkeypatch.setattr(pipeline, "largest_components", spy)
     files = []

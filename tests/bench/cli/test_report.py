@@ -113,7 +113,7 @@ def test_no_results_at_all_is_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_all_takes_the_folder_results_and_writes_papers_md_after_the_reports(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(results.parent)
     code, stdout, stderr = invoke("--all")
     assert (code, stderr) == (0, "")
     reports = Path("reports")

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.case import Case
+from bench.predict.owners import categorise_gradients
 from bench.predict.predictor import trace_case
+from bench.predict.tracer import Tracer
 
 SHAPE = (16, 16, 24)
 
@@ -50,3 +55,16 @@ def test_nothing_of_a_parameter_is_left_without_a_module(
 ) -> None:
     ours = ("parameter", "gradient", "optimizer_state")
     assert [category for module, category in live_bytes if not module and category in ours] == []
+
+
+def test_a_gradient_that_no_module_made_is_its_parameters_owners() -> None:
+    """As one that a hook or an accumulation allocated."""
+    with FakeTensorMode():
+        tracer = Tracer("cpu")
+        with tracer.attributing(), tracer:
+            layer = nn.Linear(2, 3, bias=False)
+            parameter = layer.weight
+            parameter.grad = torch.zeros_like(parameter)
+            categorise_gradients(tracer, nn.Sequential(layer))
+            tracer.stop()
+    assert (tracer.trace.sites[-1].module, tracer.trace.categories[-1]) == ("0", "gradient")
