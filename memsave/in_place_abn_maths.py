@@ -142,8 +142,8 @@ def _backward_part_(
 ) -> tuple[Tensor, Tensor]:
     """Overwrite some channels of z with their gradient; a function, so that its tensors die."""
     dtype = channel[0].dtype
-    # z itself, unless half, or channels of several samples, which lie apart: the operator's kernel
-    # for values that do not lie side by side is ten times slower than a copy.
+    # z itself, unless half, or channels of several samples, which lie apart: the operator has
+    # another, unvectorised way for those.
     y = z.to(dtype).contiguous()
     dy = activation_backward(dz.to(dtype), y, activation, activation_param).contiguous()
     invert_(y, activation, activation_param)

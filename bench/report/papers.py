@@ -32,10 +32,11 @@ class Paper:
 
     title: str
     suites: tuple[str, ...]
+    wide: bool = False  # a column a shape, as the FCN's paper has it, and not a row a case
 
 
 PAPERS = (
-    Paper("Memory-efficient FCN", ("table1",)),
+    Paper("Memory-efficient FCN", ("table1",), wide=True),
     Paper("Full-volume convolutional LSTM", ("cclstm",)),
     Paper("FLARE21, two stages", ("flare21",)),
     Paper("PocketNet", ("pocketnet_3d", "pocketnet_2d")),
@@ -55,7 +56,8 @@ def papers_text(
     for paper in PAPERS:
         text.append(f"## {paper.title}")
         for suite in paper.suites:
-            text += _suite_text(suite, by_suite.get(suite, ()), plots.get(suite, ()))
+            records = by_suite.get(suite, ())
+            text += _suite_text(suite, records, plots.get(suite, ()), paper.wide)
     return "\n\n".join(text) + "\n"
 
 
@@ -64,13 +66,16 @@ def _summary(by_suite: Mapping[str, Sequence[Record]]) -> str:
     shown = [r for paper in PAPERS for suite in paper.suites for r in by_suite.get(suite, ())]
     measured = sum(record.evidence == "measured" for record in shown)
     predicted = len(shown) - measured
+    cases = "case" if measured == 1 else "cases"
     return (
-        f"{measured} case{'s' * (measured != 1)} measured on a GPU, {predicted} predicted by a simulated run. Every "
+        f"{measured} {cases} measured on a GPU, {predicted} predicted by a simulated run. Every "
         "table says which, and for which card."
     )
 
 
-def _suite_text(suite: str, records: Sequence[Record], plots: Sequence[str]) -> list[str]:
+def _suite_text(
+    suite: str, records: Sequence[Record], plots: Sequence[str], wide: bool
+) -> list[str]:
     citation, note = _of_paper(suite)
     text = [f"*{escaped(citation)}*"] if citation else []
     if not records:
@@ -79,7 +84,7 @@ def _suite_text(suite: str, records: Sequence[Record], plots: Sequence[str]) -> 
         text += [
             f"### {escaped(table_title(table))}",
             escaped(made_with(table)) + ".",
-            *_grids(table),
+            *_grids(table, wide),
             f"[Plot]({plot}.png), [all figures]({suite}.md).",
         ]
         if note:
@@ -95,16 +100,13 @@ def _of_paper(suite: str) -> tuple[str, str]:
     return found.citation or "", found.paper_note
 
 
-def _grids(table: Table) -> list[str]:
+def _grids(table: Table, wide: bool) -> list[str]:
     if compared_by_size(table):
         grid = scaling_grid(scaling_series(table))
         about = "\n".join(f"- {escaped(line)}" for line in notes(table))
         return [markdown_table(grid, left=2), f"{SCALING_NOTES}\n{about}"]
-    wide = (
-        len(table.sections) > 1 and len({_mode(table, i) for i in range(len(table.sections))}) == 1
-    )
     lines = list(notes(table))
-    if wide:  # one mode at several shapes, as the FCN paper has it
+    if wide:
         text = [markdown_table(paper_grid(table), left=1)]
     else:
         grid = cases_grid(table)
@@ -116,8 +118,3 @@ def _grids(table: Table) -> list[str]:
     if pairs:
         text += [_POCKET_NOTE, markdown_table(pocket_grid(pairs, table), left=2)]
     return text
-
-
-def _mode(table: Table, index: int) -> tuple[str, str]:
-    record = table.sections[index].first
-    return record.network, record.mode

@@ -193,7 +193,7 @@ def test_no_records_are_said_to_be_none() -> None:
 def test_recomputation_is_a_column_where_a_row_computes_something_twice() -> None:
     plain = make_record(recomputation_factor=1.0)
     twice = make_record(variant="checkpoint", position=1, recomputation_factor=4 / 3)
-    assert "recomputation" not in rendered([plain], 200)
-    text = rendered([plain, twice], 200)
+    assert "recomputation" not in shown([plain])
+    text = shown([plain, twice])
     assert "recomputation" in text
     assert " 1.33 " in text
