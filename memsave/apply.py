@@ -1,7 +1,7 @@
 """Techniques on any user's network: ``apply`` finds where they fit, changes it, and reports.
 
-How norms and activations are found: ``memsave/pairs.py``. What decides about each:
-``memsave/replacements.py``. What takes their place: ``memsave/stand_ins.py``.
+How norms and activations are found: ``memsave/surgery/pairs.py``. What decides about each:
+``memsave/surgery/replacements.py``. What takes their place: ``memsave/surgery/stand_ins.py``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from memsave.apply_report import Change, Kept, report
 from memsave.checkpoint import checkpoint_block
-from memsave.decisions import NORM_TECHNIQUES, ReluChoice
 from memsave.errors import OptionError, UnknownNameError
-from memsave.replacements import Replacements
-from memsave.stand_ins import Snapshot
+from memsave.surgery.decisions import NORM_TECHNIQUES, ReluChoice
+from memsave.surgery.replacements import Replacements
+from memsave.surgery.report import Change, Kept, report
+from memsave.surgery.stand_ins import Snapshot
 from memsave.techniques import NamesBlocks, Technique, find_technique, parse_options
 
 __all__ = ["Applied", "TechniqueEntry", "apply"]

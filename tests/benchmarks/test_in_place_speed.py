@@ -75,7 +75,7 @@ def test_forward_and_backward_take_no_more_time_than_the_eager_pair(
 def test_forward_and_backward_take_no_more_processor_time_than_the_eager_pair(
     benchmark: BenchmarkFixture, name: str
 ) -> None:
-    """One thread's own time: 0.75 to 0.82 for in-place ABN in five runs, at loads of 7 to 14."""
+    """One thread's own time: 0.72 to 0.82 for in-place ABN in four runs, at loads of 8 to 14."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memsave
-from memsave.apply_report import size
-from memsave.dataflow_run import guessed_inputs
+from memsave.surgery.report import size
+from memsave.surgery.dataflow_run import guessed_inputs
 from memsave.errors import OptionError
 from memsave.networks import FCN
 from memsave.techniques import TECHNIQUES, Technique

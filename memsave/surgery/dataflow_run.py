@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from memsave.dataflow import Call, Dataflow, Value, is_leaf
+from memsave.surgery.dataflow import Call, Dataflow, Value, is_leaf
 
 __all__ = ["guessed_inputs", "run_dataflows"]
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from memsave.apply_report import Change, Kept
-from memsave.dataflow import Dataflow, is_memsave_class
-from memsave.decisions import (
+from memsave.errors import OptionError, RefusedError
+from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute
+from memsave.surgery.dataflow import Dataflow, is_memsave_class
+from memsave.surgery.decisions import (
     LOSSLESS,
     NORM_TECHNIQUES,
     ReluChoice,
@@ -23,12 +24,11 @@ from memsave.decisions import (
     decide,
     takes,
 )
-from memsave.errors import OptionError, RefusedError
-from memsave.find_dataflows import find_dataflows
-from memsave.pairs import Pair, Refusal, describe_norms
-from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute
-from memsave.regions import check_regions
-from memsave.stand_ins import (
+from memsave.surgery.find_dataflows import find_dataflows
+from memsave.surgery.pairs import Pair, Refusal, describe_norms
+from memsave.surgery.regions import check_regions
+from memsave.surgery.report import Change, Kept
+from memsave.surgery.stand_ins import (
     IN_PLACE_CLASSES,
     make_in_place,
     mark_results,

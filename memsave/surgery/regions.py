@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from memsave.checkpoint import _Checkpointed
-from memsave.dataflow import Call, Dataflow
 from memsave.errors import RefusedError
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
-from memsave.pairs import Pair
+from memsave.surgery.dataflow import Call, Dataflow
+from memsave.surgery.pairs import Pair
 
 __all__ = ["check_regions"]
 

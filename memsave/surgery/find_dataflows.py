@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from memsave.dataflow import FORWARD_ERRORS, Dataflow
-from memsave.dataflow_run import guessed_inputs, run_dataflows
-from memsave.dataflow_symbolic import symbolic_dataflows, symbolic_parts
+from memsave.surgery.dataflow import FORWARD_ERRORS, Dataflow
+from memsave.surgery.dataflow_run import guessed_inputs, run_dataflows
+from memsave.surgery.dataflow_symbolic import symbolic_dataflows, symbolic_parts
 
 __all__ = ["find_dataflows"]
 

@@ -1,6 +1,6 @@
 """What a norm technique does about one norm: replace it, or leave it and say why.
 
-The norm, its activation and what else reads its input come from ``memsave/pairs.py``.
+The norm, its activation and what else reads its input come from ``memsave/surgery/pairs.py``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Literal
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memsave.dataflow import Dataflow
 from memsave.errors import OptionError
-from memsave.pairs import Activation, Pair, Refusal, find_pair
 from memsave.recomputed_norm_act import check_recomputable
+from memsave.surgery.dataflow import Dataflow
+from memsave.surgery.pairs import Activation, Pair, Refusal, find_pair
 
 __all__ = [
     "LOSSLESS",

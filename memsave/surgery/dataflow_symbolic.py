@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from memsave.dataflow import FORWARD_ERRORS, Call, Dataflow, Value, is_leaf
+from memsave.surgery.dataflow import FORWARD_ERRORS, Call, Dataflow, Value, is_leaf
 
 __all__ = ["symbolic_dataflows", "symbolic_parts"]
 

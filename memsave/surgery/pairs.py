@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from memsave.dataflow import Call, Dataflow, Value
+from memsave.surgery.dataflow import Call, Dataflow, Value
 
 __all__ = ["ACTIVATIONS", "Activation", "Order", "Pair", "Refusal", "describe_norms", "find_pair"]
 
