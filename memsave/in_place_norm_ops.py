@@ -149,7 +149,7 @@ def _forward_results(x: Tensor, groups: int | None, use_running: bool) -> tuple[
     if not use_running and _for_kernels(x):
         numbers = tile(x.shape, groups, _strides(x)).partials + statistics
     dtype = compute_dtype(x)
-    return x.new_empty(statistics, dtype=dtype), x.new_empty(numbers, dtype=dtype)
+    return x.new_empty((statistics,), dtype=dtype), x.new_empty((numbers,), dtype=dtype)
 
 
 def _backward_results(z: Tensor, dz: Tensor, groups: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,8 +159,8 @@ def _backward_results(z: Tensor, dz: Tensor, groups: int | None) -> tuple[Tensor
         cut = tile(z.shape, groups, _strides(z), _strides(dz))
         numbers = cut.partials + 2 * cut.statistics
     channels = z.shape[1]
-    d_weight, d_bias = z.new_empty(channels, dtype=dtype), z.new_empty(channels, dtype=dtype)
-    return d_weight, d_bias, z.new_empty(numbers, dtype=dtype)
+    d_weight, d_bias = z.new_empty((channels,), dtype=dtype), z.new_empty((channels,), dtype=dtype)
+    return d_weight, d_bias, z.new_empty((numbers,), dtype=dtype)
 
 
 def _for_kernels(x: Tensor) -> bool:

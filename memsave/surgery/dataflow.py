@@ -1,7 +1,7 @@
 """Who reads what in a network's forward: calls, and the values between them.
 
-Two ways lead to a ``Dataflow``: a run on tensors without memory (``dataflow_run.py``) and a symbolic
-trace (``dataflow_symbolic.py``). What is concluded from it is in ``pairs.py``.
+Two ways lead to a ``Dataflow``: a run on tensors without memory (``dataflow_run.py``) and a
+symbolic trace (``dataflow_symbolic.py``). What is concluded from it is in ``pairs.py``.
 """
 
 from __future__ import annotations

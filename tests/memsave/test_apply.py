@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import memsave
-from memsave.surgery.report import size
-from memsave.surgery.dataflow_run import guessed_inputs
 from memsave.errors import OptionError
 from memsave.networks import FCN
+from memsave.surgery.dataflow_run import guessed_inputs
+from memsave.surgery.report import size
 from memsave.techniques import TECHNIQUES, Technique
 from tests.memsave.apply_models import (
     IN_PLACE_ATOL,

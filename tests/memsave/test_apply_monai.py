@@ -179,3 +179,20 @@ def test_dynunet_with_deep_supervision_is_followed_in_training_and_evaluation(
 
     model, plain = _apply(make, ["inplace_instance_norm"], image)
     compare(model, plain, image, atol=IN_PLACE_ATOL, gradient_share=1e-2)
+
+
+@pytest.mark.parametrize("norm", [memsave.InPlaceABN(4), memsave.InPlaceGroupNorm(2, 4)], ids=str)
+def test_an_in_place_norm_takes_monai_s_own_kind_of_tensor(norm: nn.Module) -> None:
+    """A MetaTensor's methods see the arguments as they are given: sizes must be a tuple."""
+    from monai.data.meta_tensor import MetaTensor
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(1, 4, 3), norm, nn.Conv3d(4, 2, 1))
+    image = torch.randn(1, 1, 8, 8, 8)
+    results = []
+    for kind in (image, MetaTensor(image)):
+        net.zero_grad()
+        net(kind).sum().backward()
+        results.append([p.grad.as_subclass(torch.Tensor).clone() for p in net.parameters()])  # type: ignore[union-attr]
+    for plain, meta in zip(*results, strict=True):
+        torch.testing.assert_close(meta, plain, rtol=0, atol=0)
