@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from bench.case import known_fields
 from bench.errors import MembenchError
+from bench.timeline import Timeline
 
 __all__ = [
     "PHASES",
@@ -146,6 +147,7 @@ class Record:
     uncalibrated: tuple[str, ...] = ()
     phases: dict[str, Peaks] = field(default_factory=dict)
     peak_holders: tuple[Holder, ...] = ()
+    timeline: Timeline | None = None  # of predicted records
     forward_flops: int | None = None  # 2 x multiply-adds, see bench.flops
     step_flops: int | None = None  # of the whole step, with what is recomputed
     recomputation_factor: float | None = None  # step_flops over those of keeping everything
@@ -192,6 +194,8 @@ class Record:
         values["peak_holders"] = tuple(
             Holder(**_known(Holder, h)) for h in data.get("peak_holders", ())
         )
+        timeline = data.get("timeline")
+        values["timeline"] = Timeline.from_dict(timeline) if timeline else None
         return cls(**values)
 
 

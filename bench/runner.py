@@ -244,6 +244,8 @@ def _record(
     values["parts"] = Parts(**values.get("parts", {}))
     values["phases"] = {k: Peaks(**v) for k, v in values.get("phases", {}).items()}
     values["peak_holders"] = tuple(Holder(**h) for h in values.get("peak_holders", ()))
+    timeline = values.get("timeline")
+    values["timeline"] = Timeline.from_dict(timeline) if timeline else None
     for key in ("uncalibrated", "step_times_s"):
         values[key] = tuple(values.get(key, ()))
     notes = (*environment.notes, *values.pop("notes", ()))

@@ -14,6 +14,7 @@ from bench.predict.cards import Card
 from bench.predict.folding import NOT_FOLDED, fold_trace, run_lengths
 from bench.predict.folding_cases import repeated_steps, with_steps
 from bench.predict.owners import categorise_gradients, categorise_parameters, categorise_state
+from bench.predict.timeline import History, make_timeline
 from bench.predict.tracer import Trace, Tracer, releases_in_order
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
 from bench.record import SMALL_HOLDERS, Category, Holder, Parts, Peaks
@@ -103,9 +104,11 @@ def predict(
     """Return the fields of a predicted record that the case and the card decide."""
     bare, parameters, notes = trace_case_folded(case, device_type)
     trace = fill_workspaces(bare, card)
-    result = simulate(trace.events, card.capacity_bytes, settings)
+    history: History = []
+    result = simulate(trace.events, card.capacity_bytes, settings, history)
     needed = needs_bytes(trace.events, settings)
     fits = result.oom_at_event is None
+    timeline = make_timeline(trace, history, result.oom_at_event)
     return {
         "status": "ok" if fits else "oom",
         "reason": "" if fits else _oom_reason(needed, card),
@@ -127,6 +130,7 @@ def predict(
         ),
         "phases": {name: asdict(_peaks(peaks)) for name, peaks in result.phases.items()},
         "peak_holders": [asdict(h) for h in peak_holders(trace, result.peak_allocated_at_event)],
+        "timeline": None if timeline is None else asdict(timeline),
         "notes": notes,
     }
 

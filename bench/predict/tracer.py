@@ -72,7 +72,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)  # by allocation id
     categories: list[Category] = field(default_factory=list)  # by allocation id
-    flops: Flops = Flops()  # of one step
+    flops: Flops = field(default_factory=Flops)  # of one step
 
 
 def releases_in_order(events: list[Event]) -> list[Event]:
@@ -84,7 +84,7 @@ def releases_in_order(events: list[Event]) -> list[Event]:
     """
     ordered: list[Event] = []
     for is_free, group in itertools.groupby(events, key=lambda event: event[0] == "free"):
-        ordered.extend(sorted(group) if is_free else group)
+        ordered += sorted(group) if is_free else group  # noqa: B031  # one of the two
     return ordered
 
 

@@ -87,11 +87,13 @@ def simulate(
     events: Iterable[Event],
     capacity_bytes: int | None = None,
     settings: AllocatorSettings | None = None,
+    history: list[tuple[int, int]] | None = None,
 ) -> SimulationResult:
     """Run ``events`` through a fresh allocator of ``capacity_bytes`` (None: without limit).
 
     Stops at the first request that does not fit. A phase's peaks start from the counters at its
-    entry; a phase entered again keeps the higher peaks.
+    entry; a phase entered again keeps the higher peaks. Where a list is given as ``history``, the
+    (allocated, reserved) bytes once each event has run are added to it.
 
     Errors: ValueError for an event of no known kind and for freeing what is not allocated.
     """
@@ -121,6 +123,8 @@ def simulate(
             book.enter(event[1])
         else:
             _run_rare(allocator, live, event, index)
+        if history is not None:
+            history.append((allocator.allocated_bytes, allocator.reserved_bytes))
     book.close()
     return SimulationResult(
         **dataclasses.asdict(book.overall),

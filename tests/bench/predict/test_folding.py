@@ -78,7 +78,7 @@ CASES = {
         20, techniques=steps_every(4), network_options={"norm": "inplace_abn"}
     ),
     "every 3rd step and blocks": lstm(
-        18, techniques=(*steps_every(3), TechniqueUse(name="checkpoint")), steps=1
+        18, techniques=(*steps_every(3), TechniqueUse(name="checkpoint")), batch_size=2
     ),
     "frozen U-Net": lstm(9, network_options={"frozen_unet": True}, side=12),
     "one checkpoint around all": lstm(9, techniques=steps_every(20)),
@@ -193,7 +193,7 @@ def test_a_loop_that_does_not_repeat_itself_is_not_folded(
 SITE = Site("cell", "op", "a.py:1")
 
 
-def toy(steps: int, extra_bytes: Callable[[int], int] = lambda n: 0) -> Trace:
+def toy(steps: int, extra_bytes: Callable[[int], int] = lambda _: 0) -> Trace:
     """A buffer of all steps; per step one kept map; backward releases them newest first."""
     trace = Trace(events=[("phase", "forward"), ("cublas", 0, SITE)])
 
@@ -301,7 +301,7 @@ def test_a_period_that_repeats_wrongly_does_not_pass(monkeypatch: pytest.MonkeyP
 
     def forgetful(*args: Any) -> Tokens:
         longer = lengthen(*args)
-        return Tokens(longer.numbers[:-2] + longer.numbers[-1:], longer.bytes[:-2] + [NO_BYTES])
+        return Tokens(longer.numbers[:-2] + longer.numbers[-1:], [*longer.bytes[:-2], NO_BYTES])
 
     assert fold_trace(toy, 40, 1) is not None
     monkeypatch.setattr(folding, "lengthen", forgetful)
@@ -428,7 +428,7 @@ def test_a_loop_that_is_short_is_run_whole_without_a_note() -> None:
 def test_a_loop_that_cannot_be_folded_is_run_whole_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case = lstm(36, side=4, widths=(2,), mode="infer", steps=1)
+    case = lstm(36, side=4, widths=(2,), mode="infer")
     monkeypatch.setattr(predictor, "fold_trace", lambda *_: None)
     trace, parameters, notes = trace_case_folded(case, "cpu")
     assert (trace, parameters) == trace_case(case, "cpu")
@@ -436,7 +436,7 @@ def test_a_loop_that_cannot_be_folded_is_run_whole_and_says_so(
 
 
 def test_an_error_names_the_whole_case_and_not_a_short_run() -> None:
-    case = dataclasses.replace(lstm(40, side=7), steps=1)
+    case = lstm(40, side=7)
     with pytest.raises(
         (MembenchError, ValueError), match=r"multiples of \(2, 2, 1\), got \(7, 7, 40\)"
     ):
