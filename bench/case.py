@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from bench.imported import Imported
+
 __all__ = ["Case", "Mode", "PaperFigure", "PaperTime", "Precision", "TechniqueUse", "known_fields"]
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -78,6 +80,7 @@ class Case:
     paper_flops: int | None = None
     baseline: str | None = None  # the variant to which its suite takes ratios
     position: int = 0  # place in its suite: records lie in the order in which cases finished
+    imported: Imported | None = None  # a network of the user's own; None: one of memsave's table
 
     @property
     def name(self) -> str:
@@ -95,6 +98,8 @@ class Case:
     def to_definition(self) -> dict[str, Any]:
         """Return the case as JSON-ready data, from which ``from_definition`` makes it again."""
         data = {**dataclasses.asdict(self), "case": self.name}
+        if self.imported is None:
+            del data["imported"]
         # Lists for tuples, as a reader of the JSON gets them: a record equals its read copy.
         return dict(json.loads(json.dumps(data)))
 
@@ -111,6 +116,8 @@ class Case:
             values["paper"] = PaperFigure(**known_fields(PaperFigure, values["paper"]))
         if values.get("paper_time") is not None:
             values["paper_time"] = PaperTime(**known_fields(PaperTime, values["paper_time"]))
+        if values.get("imported") is not None:
+            values["imported"] = Imported.from_dict(values["imported"])
         return cls(**values)
 
     def digest(self) -> str:

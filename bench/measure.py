@@ -118,6 +118,7 @@ def measure(
         "needs_bytes": None,
         **peaks,
         "process_bytes": process.peak_bytes if refusal is None else None,
+        "peak_host_bytes": streams_for(cuda.device).host.peak_bytes or None,
         "parts": asdict(_parts(peaks, process.context_bytes)),
         "uncalibrated": (),
         "phases": meter.phases,

@@ -143,6 +143,7 @@ class Record:
     peak_active_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     process_bytes: int | None = None
+    peak_host_bytes: int | None = None  # of host memory that offloading took; None: it took none
     parts: Parts = Parts()
     uncalibrated: tuple[str, ...] = ()
     phases: dict[str, Peaks] = field(default_factory=dict)

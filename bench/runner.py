@@ -30,12 +30,14 @@ from bench.record import (
     append_record,
     read_records,
 )
+from bench.timeline import Timeline
 
 __all__ = [
     "Backend",
     "Progress",
     "Run",
     "finished_cases",
+    "make_record",
     "make_writable",
     "run_cases",
     "usable_cores",
@@ -224,7 +226,7 @@ def _run_case(run: Run, case: Case, slot: _ChildSlot) -> Record:
         readings = {"status": "failed", "reason": str(error)}
     if not run.backend.reuse:
         slot.finish()
-    return _record(run.backend, case, readings, environment)
+    return make_record(run.backend, case, readings, environment)
 
 
 def _with_hello(environment: Environment, hello: dict[str, Any]) -> Environment:
@@ -235,9 +237,10 @@ def _with_hello(environment: Environment, hello: dict[str, Any]) -> Environment:
     )
 
 
-def _record(
+def make_record(
     backend: Backend, case: Case, readings: dict[str, Any], environment: Environment
 ) -> Record:
+    """Return the record of a case that gave ``readings``, as a child answers them."""
     from bench.workload import is_exact, technique_names
 
     values = dict(readings)

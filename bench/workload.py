@@ -23,7 +23,7 @@ from bench.schedules import check_schedule
 from memsave import networks
 from memsave.errors import MemsaveError
 from memsave.mixed_precision import MixedPrecision
-from memsave.techniques import Technique, find_technique, parse_options
+from memsave.techniques import Technique, check_precision, find_technique, parse_options
 
 __all__ = ["OPTIMIZERS", "Mark", "Workload", "build_workload", "is_exact", "technique_names"]
 
@@ -52,6 +52,8 @@ class Workload:
     precision: MixedPrecision
     techniques: list[tuple[Technique, Any]] = field(default_factory=list)
     schedule: LRScheduler | None = None  # told after every step: a step counts as an epoch
+    notes: tuple[str, ...] = ()  # how it was made, for the record's environment
+    loss_inside: str = ""  # the loss that the model computes itself, by name, as tiled levels do
 
     def step(self, mark: Mark) -> None:
         """Run one step, telling ``mark`` when each phase begins."""
@@ -66,14 +68,29 @@ class Workload:
     def _infer(self, mark: Mark) -> None:
         mark("forward")
         with torch.no_grad(), self.precision.forward():
-            self.model(self.images)
+            self.output()
 
-    def _train(self, mark: Mark, optimizer: torch.optim.Optimizer) -> None:
+    def batch(self) -> tuple[Tensor, ...]:
+        """Return what a step is given: the images, and the target if there is one."""
+        return (self.images,) if self.target is None else (self.images, self.target)
+
+    def output(self) -> Any:
+        """Run the network on the batch; give the loss itself where the network computes it."""
+        if self.loss_inside:
+            model: Any = self.model
+            return model.training_loss(self.images, self.target, self.loss_inside)
+        return self.model(self.images)
+
+    def loss_of(self, output: Any) -> Tensor:
+        """Return the loss of the network's output."""
         assert self.loss is not None
         assert self.target is not None
+        return self.loss(output, self.target)
+
+    def _train(self, mark: Mark, optimizer: torch.optim.Optimizer) -> None:
         mark("forward")
         with self.precision.forward():
-            loss = self.loss(self.model(self.images), self.target)
+            loss = self.loss_of(self.output())
         mark("backward")
         self.precision.backward(loss)
         mark("optimizer")
@@ -107,8 +124,12 @@ def build_workload(case: Case, mark: Mark, device: str | torch.device) -> Worklo
 
 def _build(case: Case) -> Workload:
     torch.manual_seed(case.seed)
+    if case.imported is not None:
+        from bench.imported_workload import build_imported
+
+        return build_imported(case)
     device = torch.get_default_device()
-    techniques = [_technique(use.name, use.options) for use in case.techniques]
+    techniques = [_technique(use.name, use.options, case.precision) for use in case.techniques]
     model = _build_model(case, techniques)
     training = case.mode == "train"
     model.train(training)
@@ -119,16 +140,22 @@ def _build(case: Case) -> Workload:
     target = _random_target(spec, *size) if training else None
     if training:
         check_loss(case.loss, spec.target)
+    inside = training and case.loss in getattr(model, "training_losses", ())
     return Workload(
         model=model,
         images=images,
         target=target,
-        loss=LOSSES[case.loss] if training else None,
+        loss=_loss(case.loss, inside) if training else None,
+        loss_inside=case.loss if inside else "",
         optimizer=optimizer,
         precision=MixedPrecision(case.precision, device_type=device.type),
         techniques=techniques,
         schedule=None if optimizer is None else _build_schedule(case, optimizer),
     )
+
+
+def _loss(name: str, inside: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    return (lambda loss, _target: loss) if inside else LOSSES[name]
 
 
 def _random_target(
@@ -140,8 +167,9 @@ def _random_target(
     return torch.randint(spec.output_channels(options), sides)
 
 
-def _technique(name: str, options: dict[str, Any]) -> tuple[Technique, Any]:
+def _technique(name: str, options: dict[str, Any], precision: str) -> tuple[Technique, Any]:
     technique = find_technique(name)
+    check_precision(technique, precision)
     return technique, parse_options(technique, options)
 
 

@@ -2,6 +2,7 @@
 
 from memsave.apply import Applied, apply
 from memsave.checkpoint import checkpoint_block, checkpoint_sequence, checkpoint_steps
+from memsave.checkpoint_nested import checkpoint_nested_steps
 from memsave.errors import (
     BackwardError,
     InputError,
@@ -15,6 +16,7 @@ from memsave.in_place_abn_sync import InPlaceABNSync
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
 from memsave.mixed_precision import MixedPrecision
 from memsave.networks import FCN, NETWORKS
+from memsave.optimizer_in_backward import optimizer_in_backward
 from memsave.recompute_pairs import recompute_pair, recompute_pairs
 from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute, recompute
 from memsave.techniques import TECHNIQUES, Technique, find_technique
@@ -40,9 +42,11 @@ __all__ = [
     "apply",
     "attach_recompute",
     "checkpoint_block",
+    "checkpoint_nested_steps",
     "checkpoint_sequence",
     "checkpoint_steps",
     "find_technique",
+    "optimizer_in_backward",
     "recompute",
     "recompute_pair",
     "recompute_pairs",

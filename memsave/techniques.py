@@ -13,15 +13,19 @@ import typing
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import nn
 
 from memsave.checkpoint import checkpoint_block
+from memsave.checkpoint_nested import check_segment
 from memsave.errors import OptionError, UnknownNameError
+from memsave.mixed_precision import Precision
+from memsave.optimizer_in_backward import optimizer_in_backward
 from memsave.recompute_pairs import recompute_pairs
 from memsave.recomputed_norm_act import recompute
+from memsave.tiled import TiledLevelsOptions, tile_levels
 
 __all__ = [
     "TECHNIQUES",
@@ -31,6 +35,7 @@ __all__ = [
     "NoOptions",
     "TakesSteps",
     "Technique",
+    "check_precision",
     "find_technique",
     "parse_options",
 ]
@@ -67,8 +72,13 @@ class NamesBlocks(Protocol):
 class TakesSteps(Protocol):
     """A recurrent network, which keeps a state for every so many of its steps."""
 
-    def checkpoint_every(self, steps: int | None) -> None:
-        """Recompute all between the states kept; None keeps everything."""
+    def checkpoint_every(
+        self, steps: int | None, nested: bool = False, segment: int | None = None
+    ) -> None:
+        """Recompute all between the states kept; None keeps everything.
+
+        ``nested``: in two levels, the outer of which keeps a state for every ``segment`` steps.
+        """
         ...
 
 
@@ -96,10 +106,15 @@ class CheckpointStepsOptions:
     """How often a recurrent network keeps its state."""
 
     every: int = 1  # steps from one state kept to the next
+    nested: bool = False  # two levels: about the square root of the steps' states
+    segment: int | None = None  # steps of an outer segment; about the square root unless told
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise OptionError(f"every must be 1 or more steps, got {self.every}")
+        if self.segment is not None and not self.nested:
+            raise OptionError(f"segment is for nested: true alone, got segment {self.segment}")
+        check_segment(self.segment, self.every)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +128,7 @@ class Technique:
     formula: str = ""  # what is kept for backward, in bytes
     within: str = ""  # where not exact: what the error is bounded by
     options: type = NoOptions
+    precisions: tuple[Precision, ...] = get_args(Precision)  # those that it can be used at
     build: Callable[[Mapping[str, Any], Any], dict[str, Any]] = _same_network_options
     module: Callable[[nn.Module, Any], nn.Module] = _same_module
     step: Callable[[nn.Module, Any], AbstractContextManager[None]] = _plain_step
@@ -141,8 +157,17 @@ def _checkpoint_steps(model: nn.Module, options: CheckpointStepsOptions) -> nn.M
             f"{type(model).__name__} takes no steps to checkpoint: use this technique on a "
             "recurrent network such as conv_lstm, or the technique checkpoint on this one"
         )
-    model.checkpoint_every(options.every)
+    if options.nested:
+        model.checkpoint_every(options.every, nested=True, segment=options.segment)
+    else:
+        model.checkpoint_every(options.every)
     return model
+
+
+def _optimizer_in_backward(
+    optimizer: torch.optim.Optimizer, _model: nn.Module, _options: Any
+) -> torch.optim.Optimizer:
+    return optimizer_in_backward(optimizer)
 
 
 def _recompute_pairs(model: nn.Module, _options: Any) -> nn.Module:
@@ -225,9 +250,27 @@ TECHNIQUES: dict[str, Technique] = _table(
         summary="keep every k-th state of a recurrent network and run its steps again in backward",
         exact=True,
         source="Gruslys et al., Memory-Efficient Backpropagation Through Time, arXiv:1606.03401",
-        formula="the state of every k-th step: k steps' insides live at a time",
+        formula="the state of every k-th step, nested 2 sqrt(steps / k) states; k steps' insides",
         options=CheckpointStepsOptions,
         module=_checkpoint_steps,
+    ),
+    Technique(
+        name="optimizer_in_backward",
+        summary="update each parameter as soon as its gradient is there, and free the gradient",
+        exact=True,
+        source="Lv et al., arXiv:2306.09782; Tensor.register_post_accumulate_grad_hook",
+        formula="gradients: one parameter's at a time, of all of them at once",
+        precisions=("fp32", "bf16"),  # a loss scale must see all gradients before any update
+        optimizer=_optimizer_in_backward,
+    ),
+    Technique(
+        name="tiled_levels",
+        summary="run the finest levels of a U-Net slab by slab, forward and backward, and the loss",
+        exact=True,  # the untiled gradients, but for the order in which floats are summed
+        source="halos and two-pass norm statistics; Chan et al. 1983 for merging variances",
+        formula="a level: what `keep` names, one slab's insides, and the features at half its sides",
+        options=TiledLevelsOptions,
+        module=tile_levels,
     ),
 )
 
@@ -237,6 +280,15 @@ def find_technique(name: str) -> Technique:
     if name not in TECHNIQUES:
         raise UnknownNameError("technique", name, TECHNIQUES)
     return TECHNIQUES[name]
+
+
+def check_precision(technique: Technique, precision: str) -> None:
+    """Raise OptionError if ``technique`` cannot be used at ``precision``."""
+    if precision not in technique.precisions:
+        raise OptionError(
+            f"technique {technique.name!r} cannot be used at precision {precision}: "
+            f"take {' or '.join(technique.precisions)}, or leave it out"
+        )
 
 
 def parse_options(technique: Technique, mapping: Mapping[str, Any]) -> Any:

@@ -29,7 +29,9 @@ NOT_FOLDED = "trace not folded: short runs of the repeated steps did not tell th
 # by the first step of a backward and added to by the second, and its last step has no state before.
 _LEAST_PERIODS = 2
 _LEAST_STEPS = 5
-_SHARE = 2  # no more than steps / _SHARE are run before giving up
+# Before giving up: as many runs, and in all of them this share of the steps.
+_MOST_RUNS = 6
+_SHARE = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,11 @@ class Folded:
 def run_lengths(steps: int, period: int) -> list[int]:
     """Return the numbers of steps to run, shortest first: a period apart, as ``steps`` itself is.
 
-    Fewer than three where running all of them would be as quick.
+    None where running the whole loop would be about as quick.
     """
     lengths: list[int] = []
     length = steps % period + max(_LEAST_PERIODS, -(-_LEAST_STEPS // period)) * period
-    while sum(lengths) + length <= steps // _SHARE:
+    while len(lengths) < _MOST_RUNS and sum(lengths) + length <= steps * _SHARE:
         lengths.append(length)
         length += period
     return lengths if len(lengths) >= 3 else []
@@ -83,8 +85,8 @@ def fold_trace(trace_of: Callable[[int], Trace], steps: int, period: int) -> Fol
             continue
         more = (steps - lengths[count - 3]) // period
         if _lengthened(table, (short, a), (long, b), found, 2) == judge:
-            trace = _lengthened(table, (short, a), (long, b), found, more)
-            return Folded(trace, steps, period, tuple(lengths[:count]))
+            whole = _lengthened(table, (short, a), (long, b), found, more)
+            return None if whole is None else Folded(whole, steps, period, tuple(lengths[:count]))
     return None
 
 
@@ -104,7 +106,7 @@ def _lengthened(
         few + periods * (more - few)
         for few, more in zip(short[0].flops, long[0].flops, strict=True)
     )
-    return replace(trace, flops=Flops(*flops))
+    return replace(trace, flops=Flops(*flops), notes=short[0].notes)
 
 
 def _steps(count: int) -> str:

@@ -2,24 +2,25 @@
 
 Ids count up as a step runs, so two equal steps of a loop have different events. A token says the
 same without ids: an allocation by its site, category and stream; a free by what it frees, namely
-which of the allocations of one site and category that are alive, counted from the newest or from
-the oldest, whichever is nearer. Bytes stand beside the tokens, as they may follow the number of
-steps. ``decode`` gives the very trace back, ids and all.
+which of the allocations of one site and category that are alive, counted from the newest, from the
+oldest or from where the last one was freed, whichever is nearest. Bytes stand beside the tokens,
+as they may follow the number of steps. ``decode`` gives the very trace back, ids and all.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from bench.predict.tracer import Event, Trace
-from bench.record import Category
 
 __all__ = ["NO_BYTES", "Token", "TokenTable", "Tokens"]
 
 Token = tuple[Any, ...]
-"""``("alloc", group, stream)``, ``("free", group, "newest" | "oldest", rank)``, a group being a
-``(site, category)``; ``("convolution", kind, site)``; any other event as it stands."""
+"""``("alloc", group, stream)``; ``("free", group, "newest" | "oldest" | "last", distance)``;
+``("convolution", kind, site)``; any other event as it stands. A group is ``(site, category)``."""
 
 NO_BYTES = -1  # beside a token that has no bytes
 
@@ -33,6 +34,39 @@ class Tokens:
 
 
 @dataclass(slots=True)
+class _Alive:
+    """The ids of one group that are alive, oldest first, and where the last one was taken out."""
+
+    identities: list[int] = field(default_factory=list)
+    last: int = 0
+
+    def take(self, identity: int) -> tuple[str, int]:
+        """Take ``identity`` out; return where it was."""
+        index = bisect_left(self.identities, identity)
+        if self.identities[index : index + 1] != [identity]:
+            raise LookupError(f"{identity} is freed but not alive")
+        newest, last = len(self.identities) - 1 - index, index - self.last
+        self._remove(index)
+        if newest <= min(index, abs(last)):
+            return "newest", newest
+        return ("oldest", index) if index <= abs(last) else ("last", last)
+
+    def take_at(self, end: str, distance: int) -> int:
+        """Take out and return what ``take`` found there."""
+        if end == "last":
+            index = self.last + distance
+        else:
+            index = distance if end == "oldest" else len(self.identities) - 1 - distance
+        if not 0 <= index < len(self.identities):
+            raise LookupError(f"of {len(self.identities)} alive none is number {index}")
+        return self._remove(index)
+
+    def _remove(self, index: int) -> int:
+        self.last = index
+        return self.identities.pop(index)
+
+
+@dataclass(slots=True)
 class TokenTable:
     """Numbers tokens, alike for all traces that it encodes."""
 
@@ -42,7 +76,7 @@ class TokenTable:
     def encode(self, trace: Trace) -> Tokens:
         """Return the tokens of ``trace``. Ids must count up in the order of allocation."""
         encoded = Tokens([], [])
-        live: dict[tuple[Any, Category], list[int]] = {}
+        live: defaultdict[Any, _Alive] = defaultdict(_Alive)
         for event in trace.events:
             token, size = _token(event, trace, live)
             number = self._numbers.setdefault(token, len(self.tokens))
@@ -59,19 +93,19 @@ class TokenTable:
         """
         trace = Trace()
         events, sites, categories = trace.events, trace.sites, trace.categories
-        live: dict[tuple[Any, Category], list[int]] = {}
+        live: defaultdict[Any, _Alive] = defaultdict(_Alive)
         for number, size in zip(encoded.numbers, encoded.bytes, strict=True):
             token = self.tokens[number]
             kind = token[0]
             if kind == "alloc":
                 site, category = group = token[1]
-                live.setdefault(group, []).append(len(sites))
+                live[group].identities.append(len(sites))
                 events.append(("alloc", len(sites), size, token[2]))
                 sites.append(site)
                 categories.append(category)
             elif kind == "free":
-                _, group, end, rank = token
-                events.append(("free", live[group].pop(-1 - rank if end == "newest" else rank)))
+                _, group, end, distance = token
+                events.append(("free", live[group].take_at(end, distance)))
             elif kind == "convolution":
                 events.append(("convolution", size, *token[1:]))
             else:
@@ -79,34 +113,18 @@ class TokenTable:
         return trace
 
 
-def _token(
-    event: Event, trace: Trace, live: dict[tuple[Any, Category], list[int]]
-) -> tuple[Token, int]:
-    """Return an event's token and bytes; ``live`` holds the ids alive by group, oldest first."""
+def _token(event: Event, trace: Trace, live: defaultdict[Any, _Alive]) -> tuple[Token, int]:
+    """Return an event's token and bytes; ``live`` holds what is alive, by group."""
     kind = event[0]
     if kind == "alloc":
         _, identity, size, stream = event
         group = (trace.sites[identity], trace.categories[identity])
-        live.setdefault(group, []).append(identity)
+        live[group].identities.append(identity)
         return ("alloc", group, stream), size
     if kind == "free":
         identity = event[1]
         group = (trace.sites[identity], trace.categories[identity])
-        end, rank = _take(live[group], identity)
-        return ("free", group, end, rank), NO_BYTES
+        return ("free", group, *live[group].take(identity)), NO_BYTES
     if kind == "convolution":
         return ("convolution", *event[2:]), event[1]
     return event, NO_BYTES
-
-
-def _take(identities: list[int], identity: int) -> tuple[str, int]:
-    """Take ``identity`` out of the list; return where it was, from the nearer end."""
-    last = len(identities) - 1
-    for rank in range(len(identities)):
-        if identities[last - rank] == identity:
-            del identities[last - rank]
-            return "newest", rank
-        if identities[rank] == identity:
-            del identities[rank]
-            return "oldest", rank
-    raise LookupError(f"{identity} is freed but not alive")

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict
+from collections.abc import Container
+from dataclasses import asdict, replace
 from typing import Any
 
 from bench.case import Case
 from bench.errors import MembenchError
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import SimulationResult, needs_bytes, simulate
+from bench.predict.calibration import Calibration, read_calibration
 from bench.predict.cards import Card
 from bench.predict.folding import NOT_FOLDED, fold_trace, run_lengths
 from bench.predict.folding_cases import repeated_steps, with_steps
 from bench.predict.owners import categorise_gradients, categorise_parameters, categorise_state
 from bench.predict.timeline import History, make_timeline
 from bench.predict.tracer import Trace, Tracer, releases_in_order
+from bench.predict.trace_data import encode_trace
+from bench.predict.traced_streams import TracedStreams, peak_host_bytes
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
 from bench.record import SMALL_HOLDERS, Category, Holder, Parts, Peaks
 from bench.units import format_bytes
 from memsave.errors import MemsaveError
+from memsave.streams import use_streams
 
 __all__ = ["peak_holders", "predict", "trace_case", "trace_case_folded"]
 
@@ -32,9 +37,10 @@ _NAMED_OF_PARAMETERS_SHARE = 1000  # of what tensors hold: a small network's are
 _OF_PARAMETERS = ("parameter", "gradient", "optimizer_state")
 
 
-def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
+def trace_case(case: Case, device_type: str, watched: Container[str] = ()) -> tuple[Trace, int]:
     """Run the case's steps on fake tensors; return the trace and the parameter count.
 
+    ``watched``: the operators whose every call becomes an event, see ``Tracer``.
     Raises TraceError when the step does what fake tensors cannot follow.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,15 +48,14 @@ def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
     from bench.workload import build_workload
 
     with FakeTensorMode():
-        tracer = Tracer(device_type)
-        with tracer.attributing(), tracer:
+        tracer = Tracer(device_type, watched)
+        with tracer.attributing(), tracer, use_streams(TracedStreams(tracer)):
             workload = build_workload(case, tracer.phase, _DEVICES[device_type])
+            tracer.trace.notes = workload.notes
             tracer.name_modules(workload.model)
             model = workload.model
             categorise_parameters(tracer, model)
-            tracer.categorise(
-                (t for t in (workload.images, workload.target) if t is not None), "input"
-            )
+            tracer.categorise(iter(workload.batch()), "input")
             for _ in range(case.steps):
                 begun = len(tracer.trace.sites)
 
@@ -72,7 +77,9 @@ def trace_case(case: Case, device_type: str) -> tuple[Trace, int]:
     return tracer.trace, parameters
 
 
-def trace_case_folded(case: Case, device_type: str) -> tuple[Trace, int, tuple[str, ...]]:
+def trace_case_folded(
+    case: Case, device_type: str, watched: Container[str] = ()
+) -> tuple[Trace, int, tuple[str, ...]]:
     """Return what ``trace_case`` returns, and notes for the record.
 
     The equal steps of a long recurrent network are traced a few times only, where the trace of
@@ -80,11 +87,11 @@ def trace_case_folded(case: Case, device_type: str) -> tuple[Trace, int, tuple[s
     """
     repeated = repeated_steps(case)
     if repeated is None or not run_lengths(*repeated):
-        return *trace_case(case, device_type), ()
+        return *trace_case(case, device_type, watched), ()
     counts: list[int] = []
 
     def trace_of(steps: int) -> Trace:
-        trace, parameters = trace_case(with_steps(case, steps), device_type)
+        trace, parameters = trace_case(with_steps(case, steps), device_type, watched)
         counts.append(parameters)
         return trace
 
@@ -92,21 +99,37 @@ def trace_case_folded(case: Case, device_type: str) -> tuple[Trace, int, tuple[s
         folded = fold_trace(trace_of, *repeated)
     except (MembenchError, MemsaveError):
         # The whole case's own error names its own shape.
-        return *trace_case(case, device_type), ()
+        return *trace_case(case, device_type, watched), ()
     if folded is None or len(set(counts)) > 1:
-        return *trace_case(case, device_type), (NOT_FOLDED,)
+        return *trace_case(case, device_type, watched), (NOT_FOLDED,)
     return folded.trace, counts[0], (folded.note,)
 
 
 def predict(
-    case: Case, card: Card, device_type: str, settings: AllocatorSettings
+    case: Case,
+    card: Card,
+    device_type: str,
+    settings: AllocatorSettings,
+    *,
+    with_trace: bool = False,
 ) -> dict[str, Any]:
-    """Return the fields of a predicted record that the case and the card decide."""
-    bare, parameters, notes = trace_case_folded(case, device_type)
-    trace = fill_workspaces(bare, card)
+    """Return the fields of a predicted record that the case and the card decide.
+
+    ``with_trace`` adds ``"trace"``, what ``encode_trace`` makes of the trace without the card.
+    """
+    calibration = read_calibration(card.calibration, card.name)
+    watched = calibration.watched if calibration else frozenset()
+    bare, parameters, notes = trace_case_folded(case, device_type, watched)
+    if calibration is not None:
+        card = _with_context(card, case, calibration)
+        notes = (*notes, *_other_versions(card, calibration))
+    trace = fill_workspaces(bare, card, case.cudnn_benchmark)
     history: History = []
     result = simulate(trace.events, card.capacity_bytes, settings, history)
-    needed = needs_bytes(trace.events, settings)
+    least = trace
+    if calibration is not None:  # what cuDNN tries out, for speed, takes no more than there is
+        least = fill_workspaces(bare, card, case.cudnn_benchmark, trials=False)
+    needed = needs_bytes(least.events, settings)
     fits = result.oom_at_event is None
     timeline = make_timeline(trace, history, result.oom_at_event)
     return {
@@ -123,16 +146,31 @@ def predict(
         "peak_active_bytes": result.peak_active_bytes,
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "process_bytes": result.peak_reserved_bytes + card.context_bytes if fits else None,
+        "peak_host_bytes": peak_host_bytes(bare.events),
         "parts": asdict(_parts(trace, result, card)),
         "uncalibrated": (
-            *uncalibrated_parts(bare.events, case.cudnn_benchmark),
+            *uncalibrated_parts(bare.events, case.cudnn_benchmark, card),
             *_not_as_on_cuda(case, device_type),
         ),
         "phases": {name: asdict(_peaks(peaks)) for name, peaks in result.phases.items()},
         "peak_holders": [asdict(h) for h in peak_holders(trace, result.peak_allocated_at_event)],
         "timeline": None if timeline is None else asdict(timeline),
-        "notes": notes,
+        "notes": (*bare.notes, *notes),
+        **({"trace": encode_trace(bare)} if with_trace else {}),
     }
+
+
+def _with_context(card: Card, case: Case, calibration: Calibration) -> Card:
+    """Give the card the context that was measured with this network's kernels loaded."""
+    measured = calibration.context_bytes.get(f"{case.network}/{case.precision}")
+    return card if measured is None else replace(card, context_bytes=measured)
+
+
+def _other_versions(card: Card, calibration: Calibration) -> tuple[str, ...]:
+    import torch
+
+    others = calibration.versions.differences(torch.__version__, None, None)
+    return tuple(f"the calibration of {card.name} was measured with {one}" for one in others)
 
 
 def _not_as_on_cuda(case: Case, device_type: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ History = list[tuple[int, int]]
 """(allocated, reserved) bytes once each event has run, as ``simulate`` fills it."""
 
 _Array = npt.NDArray[np.int64]
-_BUCKETS = 44  # each gives its highest and its lowest point; some 100 points fill 5 KiB of JSON
+_BUCKETS = 40  # each gives its highest and its lowest point; some 80 points fill 5 KiB of JSON
 
 
 def make_timeline(trace: Trace, history: History, oom_event: int | None) -> Timeline | None:
@@ -84,11 +84,11 @@ def _points(heights: Sequence[_Array], phases: Sequence[int], count: int) -> _Ar
     kept = {0, count - 1}
     edges = sorted({0, *phases, count})
     for begin, end in zip(edges, edges[1:], strict=False):
-        kept |= {begin, end - 1}
+        kept |= {begin, end - 1, *(begin + int(h[begin:end].argmax()) for h in heights)}
         stretches = max(1, round(_BUCKETS * (end - begin) / count))
         bounds = np.linspace(begin, end, stretches + 1).astype(int)
         for first, last in zip(bounds, bounds[1:], strict=False):
             if last > first:
-                kept |= {first + int(h[first:last].argmax()) for h in heights}
-                kept.add(first + int(heights[0][first:last].argmin()))
+                stretch = heights[0][first:last]
+                kept |= {first + int(stretch.argmax()), first + int(stretch.argmin())}
     return np.array(sorted(kept), np.int64)

@@ -15,14 +15,13 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -36,6 +35,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.errors import MembenchError
 from bench.flops import FlopCount, Flops
+from bench.predict.call_notes import (
+    convolution_call,
+    operand_format,
+    operator_call,
+    runs_without_cudnn,
+)
+from bench.predict.library_calls import Direction
 from bench.predict.source_lines import asked_by_grad_scaler, user_line
 from bench.record import Category
 
@@ -43,7 +49,9 @@ __all__ = ["Event", "Site", "Trace", "TraceError", "Tracer", "releases_in_order"
 
 Event = tuple[Any, ...]
 """``("alloc", id, bytes, stream)``, ``("free", id)``, ``("phase", name)``,
-``("convolution", operand_bytes, "float32" | "half", site)`` or ``("cublas", stream, site)``."""
+``("convolution", operand_bytes, "float32" | "half", call, site)``, ``("cublas", stream, site)`` or
+``("operator", call, site)``; ``bench.predict.library_calls`` has the calls. ``("host", bytes)``:
+host memory taken, or given back where negative, which the allocator knows nothing of."""
 
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset(
@@ -73,6 +81,7 @@ class Trace:
     sites: list[Site] = field(default_factory=list)  # by allocation id
     categories: list[Category] = field(default_factory=list)  # by allocation id
     flops: Flops = field(default_factory=Flops)  # of one step
+    notes: tuple[str, ...] = ()  # how the network was built
 
 
 def releases_in_order(events: list[Event]) -> list[Event]:
@@ -92,12 +101,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enter inside a ``FakeTensorMode``; ``trace`` then fills as operators run.
 
     ``device_type`` is the device whose storages count: ``"cuda"``, or ``"cpu"`` in the fallback.
+    ``watched``: operators, such as ``"aten.gelu.default"``, of which every call becomes an event.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, watched: Container[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.device_type = device_type
+        self._watched = watched
+        self._watching = watched != ()
         self._live: dict[int, tuple[weakref.ref[Any], int, int]] = {}  # storage -> (ref, id, bytes)
         self._forward_sites: dict[int, Site] = {}  # autograd sequence number -> site
         self._module_names: dict[int, str] = {}
@@ -144,6 +156,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._record_result(result, site)
             if packet in _REDUCTIONS and _is_on(args[0], self.device_type):
                 self._reduction(args[0], result, site)
+            elif self._watching and str(func) in self._watched:
+                call = operator_call(func, args, kwargs, self.device_type)
+                if call is not None:
+                    self.trace.events.append(("operator", call, site))
         return result
 
     @contextmanager
@@ -180,6 +196,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Mark the beginning of a phase."""
         self.trace.events.append(("phase", name))
         self.flops.phase = name
+
+    def host(self, change_bytes: int) -> None:
+        """Note that host memory is taken, or given back."""
+        if self._recording:
+            self.trace.events.append(("host", change_bytes))
 
     def stop(self) -> None:
         """Record nothing more: what dies from here on is not part of the step."""
@@ -264,36 +285,47 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _convolution(self, args: tuple[Any, ...], result: Any, site: Site) -> None:
         source, weight = args[:2]
-        dense = _operand_format(source, weight)
+        dense = operand_format(source, weight)
         copies = self._copies((source,), dense, site)
         self._record_result(result, site)
         copies += self._copies((weight,), dense, site)
-        if not _runs_without_cudnn(self.device_type, *args[:9]):
-            self._workspace((source, result), site)
+        if not runs_without_cudnn(self.device_type, *args[:9]):
+            self._workspace("forward", (source, weight, result), args[3:9], site)
         self._release(copies)
 
     def _convolution_backward(self, args: tuple[Any, ...], result: Any, site: Site) -> None:
         gradient, source, weight = args[:3]
         input_gradient, weight_gradient, bias_gradient = result
-        native = _runs_without_cudnn(self.device_type, source, weight, None, *args[4:10])
-        dense = _operand_format(source, weight)
+        native = runs_without_cudnn(self.device_type, source, weight, None, *args[4:10])
+        dense, operands = operand_format(source, weight), (source, weight, gradient)
         copies = self._copies((source,), dense, site) if weight_gradient is not None else []
         copies += self._copies((gradient,), dense, site)
         self._record_result(input_gradient, site)
         if input_gradient is not None:
             weight_copy = self._copies((weight,), dense, site)
             if not native:
-                self._workspace((gradient, input_gradient), site)
+                self._workspace("input_gradient", operands, args[4:10], site)
             self._release(weight_copy)
         self._record_result(weight_gradient, site)
         if weight_gradient is not None and not native:
-            self._workspace((gradient, source), site)
+            self._workspace("weight_gradient", operands, args[4:10], site)
         self._release(copies)
         self._record_result(bias_gradient, site)
 
-    def _workspace(self, operands: tuple[Tensor, ...], site: Site) -> None:
-        kind = "float32" if operands[0].dtype in (torch.float32, torch.float64) else "half"
-        self.trace.events.append(("convolution", sum(_bytes(t) for t in operands), kind, site))
+    def _workspace(
+        self,
+        direction: Direction,
+        operands: tuple[Tensor, Tensor, Tensor],
+        arguments: tuple[Any, ...],
+        site: Site,
+    ) -> None:
+        """Note a call of cuDNN on the forward's input, weight and output (or its gradient)."""
+        source, weight, output = operands
+        kind = "float32" if source.dtype in (torch.float32, torch.float64) else "half"
+        channels_last = operand_format(source, weight) != torch.contiguous_format
+        call = convolution_call(direction, *operands, arguments, channels_last)
+        size = _bytes(source) + _bytes(output)
+        self.trace.events.append(("convolution", size, kind, call, site))
 
     def _copies(
         self, operands: tuple[Tensor, ...], dense: torch.memory_format, site: Site
@@ -360,24 +392,5 @@ def _copy_in(site: Site) -> Site:
     return replace(site, operator=f"{site.operator} (copy inside)")
 
 
-def _operand_format(source: Tensor, weight: Tensor) -> torch.memory_format:
-    """Return how cuDNN is given its operands: channels last as soon as one of the two is."""
-    if source.dtype != torch.float64:
-        for tensor in (source, weight):
-            suggested = suggest_memory_format(tensor)
-            if suggested != torch.contiguous_format:
-                return suggested
-    return torch.contiguous_format
-
-
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _runs_without_cudnn(device_type: str, *convolution: Any) -> bool:
-    """Depthwise 3D convolutions run in torch's own kernel, which takes no workspace."""
-    source, weight, _, _, _, _, transposed, _, groups = convolution
-    if device_type == "cuda":
-        return "Cudnn" not in str(torch._C._select_conv_backend(*convolution))
-    depthwise = groups > 1 and groups == source.shape[1] and weight.shape[0] % groups == 0
-    return bool(depthwise and source.dim() == 5 and not transposed)

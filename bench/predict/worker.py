@@ -8,6 +8,7 @@ many cases, since importing torch is most of a case's time.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -43,14 +44,22 @@ def main() -> None:
 def _predict(request: dict[str, Any], tracer: str) -> dict[str, Any]:
     from bench.case import Case
     from bench.predict.alloc_conf import parse_alloc_conf
+    from bench.predict.case_calls import case_calls
     from bench.predict.cards import Card
     from bench.predict.predictor import predict
 
+    # Where the asking process finds what it named; ours, such as this directory, come first.
+    sys.path.extend(p for p in request.get("search_path", ()) if p not in sys.path)
+    case = Case.from_definition(request["case"])
+    device_type = "cpu" if tracer == "cpu" else "cuda"
+    if request.get("calls"):
+        return case_calls(case, device_type)
     return predict(
-        Case.from_definition(request["case"]),
+        case,
         Card.from_dict(request["card"]),
-        device_type="cpu" if tracer == "cpu" else "cuda",
+        device_type=device_type,
         settings=parse_alloc_conf(request["allocator_settings"]),
+        with_trace=bool(request.get("with_trace")),
     )
 
 

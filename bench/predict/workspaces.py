@@ -1,53 +1,140 @@
 """What libraries take through the allocator besides tensors, filled into a trace for one card.
 
 cuBLAS keeps one workspace per handle and stream, of a size known exactly. cuDNN takes a workspace
-for the length of a convolution; its size is not public, so a card without a calibration uses
-the estimate in its file, and the record says so.
+for the length of a convolution; its size is not public. On a card with a calibration it is what was
+measured for that very call, or for those most like it; on another it is the estimate in the card's
+file. Kernels with temporaries of their own are known from a calibration alone. The record names
+what rests on anything but a measurement.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
+from bench.predict.calibration import Basis, Calibration, CallMemory, read_calibration
 from bench.predict.cards import Card
+from bench.predict.library_calls import ConvolutionCall
 from bench.predict.tracer import Event, Site, Trace
 
-__all__ = ["fill_workspaces", "uncalibrated_parts"]
+__all__ = ["Filled", "Workspaces", "fill_workspaces", "uncalibrated_parts"]
+
+_CALIBRATED: dict[Basis, str] = {
+    "interpolated": "convolution workspace (interpolated)",
+    "extrapolated": "convolution workspace (extrapolated)",
+}
 
 
-def fill_workspaces(trace: Trace, card: Card) -> Trace:
-    """Return the trace with every library event replaced by allocations of ``card``'s sizes."""
-    filled = Trace(sites=list(trace.sites), categories=list(trace.categories))
-    events = filled.events
+@dataclass(slots=True)
+class Workspaces:
+    """A card's answers, for one setting of ``cudnn.benchmark``.
+
+    ``trials``: whether the first call of each kind is charged what trying algorithms out takes, the
+    largest workspace that fits. Without, the figure is what the step cannot do without.
+    """
+
+    card: Card
+    benchmark: bool = False
+    trials: bool = True
+    calibration: Calibration | None = None
+    _known: dict[ConvolutionCall, CallMemory] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, card: Card, benchmark: bool = False, *, trials: bool = True) -> Workspaces:
+        """Read the card's calibration; raises MembenchError where it cannot be read."""
+        return cls(card, benchmark, trials, read_calibration(card.calibration, card.name))
+
+    def convolution(self, event: Event, live_bytes: int) -> int:
+        """Return the workspace of a convolution's event while ``live_bytes`` are held."""
+        _, operand_bytes, kind, *call, _ = event
+        estimate = self.card.convolution_workspace_bytes(kind, operand_bytes)
+        if self.calibration is None or not call:
+            return estimate
+        first = call[0] not in self._known
+        memory = self.memory(call[0], estimate)
+        if not (first and self.trials):
+            return memory.workspace_bytes
+        room = self.card.capacity_bytes - live_bytes
+        return max(memory.workspace_bytes, min(memory.first_bytes, room))
+
+    def memory(self, call: ConvolutionCall, estimate_bytes: int) -> CallMemory:
+        """Return what a call takes, the card's estimate where nothing like it was measured."""
+        if call not in self._known:
+            assert self.calibration is not None
+            self._known[call] = self.calibration.convolution(call, self.benchmark) or CallMemory(
+                estimate_bytes, estimate_bytes, "estimated"
+            )
+        return self._known[call]
+
+
+@dataclass(slots=True)
+class Filled:
+    """A trace being filled in, and how many bytes are alive in it."""
+
+    trace: Trace
+    live_bytes: int = 0
+    _sizes: dict[int, int] = field(default_factory=dict)
+
+    def add(self, event: Event) -> None:
+        """Take an event over as it stands."""
+        self.trace.events.append(event)
+        if event[0] == "alloc":
+            self._sizes[event[1]] = event[2]
+            self.live_bytes += event[2]
+        elif event[0] == "free":
+            self.live_bytes -= self._sizes.pop(event[1], 0)
+
+    def allocate(self, size: int, site: Site) -> int:
+        """Add an allocation of a library's."""
+        identity = len(self.trace.sites)
+        self.trace.sites.append(site)
+        self.trace.categories.append("workspace")
+        self.add(("alloc", identity, size, 0))
+        return identity
+
+
+def fill_workspaces(
+    trace: Trace, card: Card, cudnn_benchmark: bool = False, *, trials: bool = True
+) -> Trace:
+    """Return the trace with every library event replaced by allocations of ``card``'s sizes.
+
+    ``trials``: with those of cuDNN trying its algorithms out, see ``Workspaces``.
+    """
+    workspaces = Workspaces.of(card, cudnn_benchmark, trials=trials)
+    filled = Filled(Trace(sites=list(trace.sites), categories=list(trace.categories)))
     for event in trace.events:
         if event[0] == "convolution":
-            _, operand_bytes, kind, site = event
-            identity = _allocate(
-                filled, card.convolution_workspace_bytes(kind, operand_bytes), site
-            )
-            events.append(("free", identity))
+            size = workspaces.convolution(event, filled.live_bytes)
+            filled.add(("free", filled.allocate(size, event[-1])))
         elif event[0] == "cublas":
-            _allocate(filled, card.cublas_workspace_bytes, event[2])
-        else:
-            events.append(event)
-    return filled
+            filled.allocate(card.cublas_workspace_bytes, event[2])
+        elif event[0] == "operator":
+            size = workspaces.calibration.operator(event[1])[0] if workspaces.calibration else 0
+            if size:
+                filled.add(("free", filled.allocate(size, event[2])))
+        elif event[0] != "host":  # which is no memory of the card's
+            filled.add(event)
+    return filled.trace
 
 
-def _allocate(trace: Trace, size: int, site: Site) -> int:
-    identity = len(trace.sites)
-    trace.events.append(("alloc", identity, size, 0))
-    trace.sites.append(site)
-    trace.categories.append("workspace")
-    return identity
-
-
-def uncalibrated_parts(events: Iterable[Event], cudnn_benchmark: bool) -> tuple[str, ...]:
+def uncalibrated_parts(
+    events: Iterable[Event], cudnn_benchmark: bool, card: Card | None = None
+) -> tuple[str, ...]:
     """Name the parts of a prediction that rest on an estimate, not on a measurement."""
-    parts = ["context"]
-    if any(event[0] == "convolution" for event in events):
-        parts.append(
-            "convolution workspace (cudnn.benchmark on)"
-            if cudnn_benchmark
-            else "convolution workspace"
-        )
-    return tuple(parts)
+    workspaces = None if card is None else Workspaces.of(card, cudnn_benchmark)
+    convolutions = [event for event in events if event[0] == "convolution"]
+    if workspaces is None or workspaces.calibration is None:
+        return ("context", *_estimated(cudnn_benchmark, bool(convolutions)))
+    bases = Counter(_basis(workspaces, event) for event in convolutions)
+    named = [name for basis, name in _CALIBRATED.items() if bases[basis]]
+    return (*_estimated(cudnn_benchmark, bool(bases["estimated"])), *named)
+
+
+def _basis(workspaces: Workspaces, event: Event) -> Basis:
+    return workspaces.memory(event[3], 0).basis if len(event) > 4 else "estimated"
+
+
+def _estimated(cudnn_benchmark: bool, some: bool) -> tuple[str, ...]:
+    part = "convolution workspace" + " (cudnn.benchmark on)" * cudnn_benchmark
+    return (part,) if some else ()

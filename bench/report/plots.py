@@ -1,15 +1,13 @@
 """A table as a picture: a bar per variant and shape, stacked of the parts of its figure.
 
-The only module that imports matplotlib, and never its global state, so no display is needed.
+Never matplotlib's global state, so that no display is needed.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Literal
 
-import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,44 +16,47 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bench.report.cells import section_title, size_text, table_title
+from bench.report.parts import bar_parts
+from bench.report.picture_files import picture_bytes, tip
 from bench.report.rows import Row, Table
 from bench.report.style import (
     CAPACITY_COLOUR,
+    GRID_COLOUR,
     HATCHES,
     NEEDS_COLOUR,
     PAPER_COLOUR,
     PART_COLOURS,
-    RC,
+    PART_LABELS,
     TEXT_COLOUR,
 )
 from bench.units import GIB
 
-__all__ = ["bar_parts", "plot_table"]
+__all__ = ["bar_parts", "draw_table", "plot_table"]
 
 _WIDTH_IN = 9.0
 _ROW_IN = 0.25
-_AROUND_IN = 1.5  # title, axis and legend
+_AROUND_IN = 1.5  # title, axis and a legend of two lines
+_LEGEND_LINE_IN = 0.18
+_LEGEND_COLUMNS = 4
+_MOST_ROWS = 120  # a longer picture is no picture any more; the tables have the others
+_UNFITTING = 0.55  # opacity of a case that does not fit the card
 _BAR_HEIGHT = 0.72
-_DPI = 150
 _FAR = 4.0  # a card this many times the longest bar would squeeze the bars: not drawn
 _FAR_OUT = 3.0  # a case that does not fit by more than this runs to the edge: its needs are written
 _PAPER_MARKERS = {"=": "D", "~": "D", ">": ">"}
-_METADATA: dict[str, dict[str, str | None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 
 
 def plot_table(table: Table, kind: Literal["png", "svg"]) -> bytes:
     """Return the picture of a table as the bytes of a file; equal tables give equal bytes."""
-    with matplotlib.rc_context(RC):
-        figure = draw_table(table)
-        file = io.BytesIO()
-        figure.savefig(file, format=kind, dpi=_DPI, metadata=_METADATA[kind])
-    return file.getvalue()
+    return picture_bytes(lambda: draw_table(table), kind)
 
 
 def draw_table(table: Table) -> Figure:
     """Return the figure: sections from top to bottom, one GiB axis for all."""
     places = list(_places(table))
-    height = _AROUND_IN + _ROW_IN * (places[-1][0] + 1)
+    legend = _legend(table)
+    lines = max(0, -(-len(legend) // _LEGEND_COLUMNS) - 2)
+    height = _AROUND_IN + _ROW_IN * (places[-1][0] + 1) + _LEGEND_LINE_IN * lines
     figure = Figure(figsize=(_WIDTH_IN, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -69,42 +70,25 @@ def draw_table(table: Table) -> Figure:
     rows = [(y, item) for y, item in places if isinstance(item, Row)]
     axes.set_yticks([y for y, _ in rows], [row.record.variant for _, row in rows])
     _finish(axes, table, places[-1][0] + 0.6)
-    figure.legend(handles=_legend(table), loc="outside lower center", ncols=4, frameon=False)
+    if legend:
+        place = "outside lower center"
+        figure.legend(handles=legend, loc=place, ncols=_LEGEND_COLUMNS, frameon=False)
     return figure
 
 
 def _places(table: Table) -> Iterator[tuple[float, Row | str]]:
     """Yield (y, a section's title or a row) from the top down, in units of a row."""
-    y = 0.0
+    y, drawn, cases = 0.0, 0, len(table.rows)
     for section in table.sections:
         yield y, section_title(section, table)
         for row in section.rows:
             y += 1.0
+            if drawn == _MOST_ROWS:
+                yield y, f"and {cases - drawn:,} more cases, which the tables have"
+                return
             yield y, row
+            drawn += 1
         y += 1.3
-
-
-def bar_parts(row: Row) -> list[tuple[str, int]]:
-    """Return what a row's bar is stacked of, (part, bytes) from the axis on.
-
-    Where the parts are not all known, or the case does not fit, the figure is one bar but for
-    the context; nothing where there is no figure.
-    """
-    if row.figure_bytes is None:
-        return []
-    parts = row.record.parts
-    context = parts.context_bytes or 0
-    if row.record.status == "oom":
-        return [("needs", row.figure_bytes - context), ("context", context)]
-    if parts.tensors_bytes is None or parts.allocator_bytes is None:
-        return [("tensors", row.figure_bytes - context), ("context", context)]
-    stacked = [
-        ("tensors", parts.tensors_bytes),
-        ("workspace", parts.workspace_bytes or 0),
-        ("allocator", parts.allocator_bytes),
-        ("context", context),
-    ]
-    return [(name, size) for name, size in stacked if size > 0]
 
 
 def _draw_row(axes: Axes, y: float, row: Row) -> None:
@@ -120,6 +104,8 @@ def _draw_row(axes: Axes, y: float, row: Row) -> None:
             edgecolor="white",
             linewidth=0.4,
             hatch=HATCHES[row.record.evidence],
+            alpha=_UNFITTING if row.record.status == "oom" and part != "needs" else None,
+            gid=tip(f"{row.record.variant}, {PART_LABELS.get(part, part)}: {size_text(size)}"),
         )
         end += width
     if row.paper is not None:
@@ -155,7 +141,7 @@ def _finish(axes: Axes, table: Table, bottom: float) -> None:
     axes.set_title(table_title(table), loc="left", weight="bold", fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
+    axes.grid(axis="x", color=GRID_COLOUR, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
@@ -178,7 +164,7 @@ def _legend(table: Table) -> list[Artist]:
     hatch = HATCHES[table.first.evidence]
     shown = {part for row in table.rows for part, _ in bar_parts(row)}
     names = {**PART_COLOURS, "needs": NEEDS_COLOUR}
-    labels = {"needs": "needed, does not fit", "allocator": "allocator's cache"}
+    labels = dict(PART_LABELS)
     if "workspace" not in shown:  # a measured allocator cannot tell the two apart
         labels["tensors"] = "tensors and workspaces"
     handles: list[Artist] = [

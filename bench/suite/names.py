@@ -106,13 +106,15 @@ def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
     import torch
 
     from memsave.networks import build
-    from memsave.techniques import find_technique, parse_options
+    from memsave.techniques import check_precision, find_technique, parse_options
 
     network_options = entry.options
     chosen = []
     for i, use in enumerate(entry.techniques):
         with _pointing((*place, "techniques", i), {**use.options, "name": use.name}):
             technique = find_technique(use.name)
+            if entry.precision is not None:
+                check_precision(technique, entry.precision)
             options = parse_options(technique, use.options)
             network_options = technique.build(network_options, options)
             chosen.append((technique, options))

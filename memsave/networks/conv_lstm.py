@@ -10,13 +10,14 @@ trains there is p = (tanh(u_g) + 1) / 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from memsave.checkpoint import checkpoint_steps
+from memsave.checkpoint_nested import check_segment, checkpoint_nested_steps
 from memsave.errors import OptionError
 from memsave.networks.images import check_image
 from memsave.networks.unet_2d import UNet2D
@@ -73,6 +74,8 @@ class ConvLSTM(nn.Module):
         self.unet = UNet2D(in_channels, gates, self.widths, norm, upsampling)
         self.hidden_to_gates = nn.Conv2d(hidden_size, gates, 3, padding=1)
         self.steps_per_checkpoint: int | None = None  # None: nothing is recomputed
+        self.checkpoints_nested = False
+        self.checkpoint_segment: int | None = None  # steps, where nested
         if not isinstance(frozen_unet, bool):
             raise OptionError(f"frozen_unet must be true or false, got {frozen_unet!r}")
         self.freeze_unet(frozen_unet)
@@ -86,12 +89,20 @@ class ConvLSTM(nn.Module):
         """Names of the U-Net's blocks, in the order in which each slice runs them."""
         return tuple(f"unet.{name}" for name in _unet_blocks(self.widths))
 
-    def checkpoint_every(self, steps: int | None) -> None:
+    def checkpoint_every(
+        self, steps: int | None, nested: bool = False, segment: int | None = None
+    ) -> None:
         """Keep one state for every so many steps and recompute them in backward; None: keep all.
 
-        Exact: see ``memsave.checkpoint_steps``, which does it.
+        ``nested``: keep the states of one segment of steps at a time, which backward runs again.
+        Exact: see ``memsave.checkpoint_steps`` and ``checkpoint_nested_steps``, which do it.
         """
-        self.steps_per_checkpoint = None if steps is None else positive("every", steps)
+        every = None if steps is None else positive("every", steps)
+        if nested and every is not None:
+            check_segment(segment, every)
+        self.steps_per_checkpoint = every
+        self.checkpoints_nested = nested
+        self.checkpoint_segment = segment
 
     def freeze_unet(self, frozen: bool = True) -> Self:
         """Train the recurrence alone, the U-Net's norms in evaluation; or all again.
@@ -136,13 +147,20 @@ class ConvLSTM(nn.Module):
         """Return h of all slices, stacked."""
         state = self.first_state(volume)
         if self.steps_per_checkpoint is not None:
-            run = checkpoint_steps(self.step, self.steps_per_checkpoint)
+            run = self._checkpointed(self.steps_per_checkpoint)
             return torch.stack(run(state, volume.unbind(-1))[1], dim=-1)
         outputs = []
         for image in volume.unbind(-1):
             state, h = self.step(state, image)
             outputs.append(h)
         return torch.stack(outputs, dim=-1)
+
+    def _checkpointed(
+        self, every: int
+    ) -> Callable[[State, Iterable[Tensor]], tuple[State, list[Tensor]]]:
+        if self.checkpoints_nested:
+            return checkpoint_nested_steps(self.step, every, self.checkpoint_segment)
+        return checkpoint_steps(self.step, every)
 
     def _walk_without_graph(self, volume: Tensor) -> Tensor:
         """Return the same, each slice written where it belongs: a stack would need h twice."""

@@ -1,0 +1,217 @@
+"""Which blocks to recompute: the placement of checkpoints with least recomputation under a budget.
+
+The network is a list of ``Block``s in the order in which they run, a chain or a U-Net, with the
+bytes that each keeps and what running it again costs. ``place(blocks, budget_bytes)`` cuts the list
+into regions: a block that keeps what it needs, or a run of blocks that is recomputed from its
+inputs. It returns the ``Placement`` of least cost whose peak is within the budget, found by dynamic
+programming, not guessed. ``peak_of(blocks, segments)`` gives the peak of any placement.
+
+What is alive when backward is at block i of a region [p, q), in the model used here:
+
+- the insides of all kept blocks before p;
+- results of blocks before p that a block up to i reads, from another region than the one that made
+  it: whoever reads a result keeps it, or can make it again within its own region;
+- in the region, once it has been recomputed: the insides of its blocks up to i, and the results
+  that they hand on to each other (of a kept block, its own insides);
+- gradients: the result of every block up to i that a block behind i reads, or the loss;
+- ``work_bytes`` of block i.
+
+The network's own input, parameters, their gradients and the optimizer's state are not counted. Of
+two placements of equal cost the one of smaller peak is taken.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from memsave.errors import OptionError
+
+__all__ = ["Block", "Placement", "Segment", "least_peak", "peak_of", "place"]
+
+Segment = tuple[int, int]
+"""The blocks from the first number up to, without, the second: a region that is recomputed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One block of the network: what it keeps, what it hands on, what running it again costs."""
+
+    inside_bytes: int  # kept for its backward, without what it reads and without its result
+    result_bytes: int
+    cost: int  # of running it forward once, in FLOPs or any other unit
+    reads: tuple[int, ...] | None = None  # blocks whose results it reads; None: the one before
+    work_bytes: int = 0  # alive beside all else while its backward runs
+
+    def __post_init__(self) -> None:
+        if min(self.inside_bytes, self.result_bytes, self.cost, self.work_bytes) < 0:
+            raise OptionError(f"bytes and cost of a block must be 0 or more, got {self}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Which regions are recomputed, what that costs, and the peak of backward in bytes."""
+
+    segments: tuple[Segment, ...]
+    peak_bytes: int
+    cost: int
+
+    @property
+    def recomputed(self) -> tuple[int, ...]:
+        """The numbers of the blocks that run twice."""
+        return tuple(block for start, stop in self.segments for block in range(start, stop))
+
+
+def place(
+    blocks: Sequence[Block], budget_bytes: int, *, longest: int | None = None
+) -> Placement | None:
+    """Return the placement of least recomputation whose peak is at most ``budget_bytes``.
+
+    None if there is none: ``least_peak`` says what would do.
+
+    Memory, time: the placements of every first part of the network are kept that no other one
+        beats in both bytes and cost: a few hundred for tens of blocks of a real network. Bytes and
+        costs made up so that no two of their sums agree could double them with each block.
+    Exact: no placement of such regions within the budget costs less, in this model of backward.
+    Errors: OptionError for a block that reads itself or a later one.
+
+    Args:
+        blocks: in the order in which they run.
+        budget_bytes: what the peak may be.
+        longest: how many blocks a recomputed region may have, 1 where each block is a module
+            whose neighbours cannot be run with it; None: any number.
+    """
+    network = _Network(blocks)
+    count = len(blocks)
+    partials: list[list[_Partial]] = [[] for _ in range(count + 1)]
+    partials[0] = [_Partial()]
+    for stop in range(1, count + 1):
+        found = [
+            network.extend(partial, start, stop, kept)
+            for start in range(max(0, stop - (longest or count)), stop)
+            for kept in ((True, False) if stop - start == 1 else (False,))
+            for partial in partials[start]
+        ]
+        partials[stop] = _undominated([p for p in found if p.peak_bytes <= budget_bytes])
+    if not partials[count]:
+        return None
+    best = min(partials[count], key=lambda p: (p.cost, p.peak_bytes, p.segments))
+    return Placement(segments=best.segments, peak_bytes=best.peak_bytes, cost=best.cost)
+
+
+def least_peak(blocks: Sequence[Block], *, longest: int | None = None) -> Placement:
+    """Return the placement of the smallest peak, of least cost among those: what is possible.
+
+    Found by bisection on the budget, down to the byte.
+    """
+    best = place(blocks, peak_of(blocks, ()), longest=longest)
+    assert best is not None  # recomputing nothing fits
+    low, high = 0, best.peak_bytes
+    while low < high:
+        middle = (low + high) // 2
+        found = place(blocks, middle, longest=longest)
+        if found is None:
+            low = middle + 1
+        else:
+            best, high = found, found.peak_bytes
+    return best
+
+
+def peak_of(blocks: Sequence[Block], segments: Sequence[Segment]) -> int:
+    """Return the peak of backward, in bytes, where these regions are recomputed.
+
+    Raises OptionError for regions that are empty, overlap, are out of order or out of range.
+    """
+    network = _Network(blocks)
+    partial = _Partial()
+    position = 0
+    for start, stop in (*segments, (len(blocks), len(blocks))):
+        if not position <= start <= stop <= len(blocks) or (start == stop != len(blocks)):
+            raise OptionError(
+                f"regions must be (start, stop) in order, apart and within 0 and {len(blocks)}, "
+                f"got {list(segments)}"
+            )
+        for block in range(position, start):
+            partial = network.extend(partial, block, block + 1, True)
+        if start < stop:
+            partial = network.extend(partial, start, stop, False)
+        position = stop
+    return partial.peak_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Partial:
+    """A placement of the first blocks."""
+
+    held_bytes: int = 0  # by the regions so far: insides, and results that they have read
+    peak_bytes: int = 0
+    cost: int = 0
+    segments: tuple[Segment, ...] = ()
+    waiting: frozenset[int] = frozenset()  # results that only blocks still to come hold
+
+
+class _Network:
+    """The blocks with who reads whose result."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = tuple(blocks)
+        self.readers: list[list[int]] = [[] for _ in blocks]
+        for i, block in enumerate(blocks):
+            reads = ((i - 1,) if i else ()) if block.reads is None else block.reads
+            for read in dict.fromkeys(reads):
+                if not 0 <= read < i:
+                    raise OptionError(f"block {i} can only read blocks before it, got {read}")
+                self.readers[read].append(i)
+        self.gradients = [self._gradients(i) for i in range(len(blocks))]
+
+    def extend(self, partial: _Partial, start: int, stop: int, kept: bool) -> _Partial:
+        """Return ``partial``, of the blocks before ``start``, with this region behind it."""
+        read = {j for j in partial.waiting if self._first_reader(j, start) < stop}
+        made = {j for j in range(start, stop) if self._first_reader(j, stop) < len(self.blocks)}
+        held = partial.held_bytes + self._bytes(read)
+        if kept:
+            held += self.blocks[start].inside_bytes
+        cost = 0 if kept else sum(block.cost for block in self.blocks[start:stop])
+        alive = partial.held_bytes + self._most_alive(partial.waiting, start, stop)
+        return _Partial(
+            held_bytes=held,
+            peak_bytes=max(partial.peak_bytes, alive),
+            cost=partial.cost + cost,
+            segments=partial.segments if kept else (*partial.segments, (start, stop)),
+            waiting=(partial.waiting - read) | made,
+        )
+
+    def _most_alive(self, waiting: frozenset[int], start: int, stop: int) -> int:
+        """Return the most that a region has alive beside what those before it hold."""
+        alive = []
+        insides = accumulate(block.inside_bytes for block in self.blocks[start:stop])
+        for i, inside in zip(range(start, stop), insides, strict=True):
+            results = (*waiting, *range(start, i))
+            read = self._bytes(j for j in results if self._first_reader(j, start) <= i)
+            alive.append(inside + read + self.gradients[i] + self.blocks[i].work_bytes)
+        return max(alive)
+
+    def _gradients(self, i: int) -> int:
+        """Return the bytes of the gradients that are there when backward comes to block ``i``."""
+        last = len(self.blocks)
+        return self._bytes(j for j in range(i + 1) if max(self.readers[j], default=last) > i)
+
+    def _first_reader(self, j: int, begin: int) -> int:
+        """Return the first block from ``begin`` on that reads result ``j``; past the end if none."""
+        return next((reader for reader in self.readers[j] if reader >= begin), len(self.blocks))
+
+    def _bytes(self, results: Iterable[int]) -> int:
+        return sum(self.blocks[j].result_bytes for j in results)
+
+
+def _undominated(partials: list[_Partial]) -> list[_Partial]:
+    """Return those that no other one with the same results waiting beats in bytes and cost."""
+    kept: dict[frozenset[int], list[_Partial]] = defaultdict(list)
+    ordered = sorted(partials, key=lambda p: (p.held_bytes, p.cost, p.peak_bytes, p.segments))
+    for partial in ordered:
+        others = kept[partial.waiting]
+        if not any(o.cost <= partial.cost and o.peak_bytes <= partial.peak_bytes for o in others):
+            others.append(partial)
+    return [partial for partials in kept.values() for partial in partials]

@@ -1,0 +1,290 @@
+"""One level of a U-Net, both of its halves, in one training step: the passes over its slabs.
+
+Encoder: x -> stages -> s, pooled for the level below. Decoder: s + up(low) -> stages -> tail, which
+is the loss, or a 1-wide convolution. s is made again wherever it is read. Backward comes in two
+parts, as autograd's order has it: the decoder's must end before the level below can begin, whose
+gradient of the pooled features the encoder's needs. What joins them is ds, the gradient of s by the
+decoder, stored or made again from the first decoder stage's gradient.
+
+Each norm costs a pass in forward (statistics) and one in backward (sums); ``memsave/tiled/norm.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memsave.errors import BackwardError
+from memsave.tiled.slabs import Read, Slabs, SlabStore
+from memsave.tiled.stage import Stage, split_stages
+
+__all__ = ["Keep", "Level", "LevelLayers", "Tail"]
+
+Keep = Literal["skip", "conv1", "conv2", "gradient", "skip_gradient"]
+
+
+class Tail(Protocol):
+    """What reads the decoder's last stage: it gives the level's result and takes its gradient."""
+
+    def run_forward(self, read: Read, slabs: Slabs) -> Tensor:
+        """Return the result, from all slabs."""
+        ...
+
+    def start_backward(self, gradient: Tensor) -> None:
+        """Take the result's gradient."""
+        ...
+
+    def input_gradient(self, read: Read, start: int, stop: int) -> Tensor:
+        """Return the gradient of what is read, on these slices."""
+        ...
+
+    def add_gradients(self, read: Read, start: int, stop: int) -> None:
+        """Add what these slices give to the gradients of the tail's parameters."""
+        ...
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Return the gradients of the tail's parameters."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what the tail holds for backward."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LevelLayers:
+    """The layers of one level, and how it is cut."""
+
+    encoder: nn.Module  # convolutions and layers of norm and activation
+    up_bias: nn.Parameter  # added at every voxel; the upsampled features at every eighth
+    decoder: nn.Module
+    slabs: Slabs
+    keep: frozenset[Keep] = field(default_factory=frozenset)
+
+
+class Level:
+    """What a level stores between forward and backward, and the passes that use it.
+
+    Args:
+        layers: its layers.
+        x: what the level reads, (N, C, A, B, slices), whole.
+        dtype: the type to compute in.
+        training: whether backward will follow; nothing is stored otherwise.
+    """
+
+    def __init__(
+        self, layers: LevelLayers, x: Tensor, dtype: torch.dtype, *, training: bool
+    ) -> None:
+        self.slabs, self.dtype = layers.slabs, dtype
+        self._x: Tensor | None = x
+        self._keep = layers.keep if training else frozenset[Keep]()
+        self._up_bias = layers.up_bias.detach().to(dtype)
+        self._low: Tensor | None = None
+        self._pooled_gradient: Tensor | None = None
+        self._skip_gradient: SlabStore | None = None
+        self._tail: Tail | None = None
+        self._decoder_done = False
+        samples = x.shape[0]
+        self.encoder = self._stages(layers.encoder, self._image, samples)
+        self.decoder = self._stages(layers.decoder, self._joined, samples)
+        self.encoder[-1].read_output_gradient = self._encoded_gradient
+
+    def _stages(self, block: nn.Module, read: Read, samples: int) -> list[Stage]:
+        stages: list[Stage] = []
+        for layers in split_stages(block):
+            stages.append(Stage(layers, read, samples, self.slabs, self.dtype))
+            read = stages[-1].output
+        for before, stage in zip(stages, stages[1:], strict=False):
+            before.read_output_gradient = stage.input_gradient
+        return stages
+
+    # -- forward ----------------------------------------------------------------------------
+
+    def run_encoder(self) -> Tensor:
+        """Return the pooled features, half of each side, whole."""
+        for stage in self.encoder:
+            stage.run_forward(store=stage is self.encoder[-1] and "skip" in self._keep)
+            self._forget()
+        assert self._x is not None
+        samples, _, *sides = self._x.shape
+        channels = self.encoder[-1].norm.channels
+        pooled = self._x.new_empty((samples, channels, *(n // 2 for n in sides)), dtype=self.dtype)
+        for start, stop in self.slabs:
+            pooled[..., start // 2 : stop // 2] = F.max_pool3d(self._encoded(start, stop), 2)
+            self._forget()
+        return pooled
+
+    def run_decoder(self, low: Tensor, tail: Tail) -> Tensor:
+        """Return the tail's result; ``low`` is at half of each side, without the bias."""
+        self._low = low
+        for number, stage in enumerate(self.decoder, start=1):
+            stage.run_forward(store=f"conv{number}" in self._keep)
+            self._forget()
+        result = tail.run_forward(self._forgetting(self.decoder[-1].output), self.slabs)
+        self._forget()
+        return result
+
+    def _image(self, start: int, stop: int) -> Tensor:
+        assert self._x is not None
+        return self._x.narrow(-1, start, stop - start).to(self.dtype).contiguous()
+
+    def _encoded(self, start: int, stop: int) -> Tensor:
+        return self.encoder[-1].output(start, stop)
+
+    def _joined(self, start: int, stop: int) -> Tensor:
+        """Return s + up(low): a transposed convolution of kernel 1 and stride 2, and the skip."""
+        assert self._low is not None
+        joined = self._encoded(start, stop).add_(self._up_bias.view(1, -1, 1, 1, 1))
+        low = self._low[..., (start + 1) // 2 : (stop + 1) // 2]
+        joined[:, :, ::2, ::2, start % 2 :: 2].add_(low)
+        return joined
+
+    # -- backward of the decoder ------------------------------------------------------------
+
+    def run_decoder_backward(self, tail: Tail, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of ``low`` and of the upsampling's bias."""
+        if self._decoder_done:
+            raise BackwardError(
+                "a tiled level runs backward once: its stored slabs are overwritten on the way; "
+                "add your losses up and run forward again for another pass"
+            )
+        self._decoder_done, self._tail = True, tail
+        tail.start_backward(gradient)
+        self._last_stage_sums(tail)
+        for stage, before in zip(self.decoder[:0:-1], self.decoder[-2::-1], strict=True):
+            self._step_back(stage, before)
+        return self._into_the_skip(self.decoder[0])
+
+    def _last_stage_sums(self, tail: Tail) -> None:
+        last = self.decoder[-1]
+
+        def read_gradient(start: int, stop: int) -> Tensor:
+            return tail.input_gradient(last.output, start, stop)
+
+        last.read_output_gradient = read_gradient
+        for start, stop in self.slabs:
+            last.norm.observe_gradient(last.convolved(start, stop), read_gradient(start, stop))
+            tail.add_gradients(last.output, start, stop)
+            self._forget()
+        last.norm.settle_gradient()
+
+    def _step_back(self, stage: Stage, before: Stage) -> None:
+        """Weight gradients of a stage, and the norm's sums of the one before it, in one pass."""
+        keep = "gradient" in self._keep and before in self.decoder
+        stored = SlabStore()
+        for start, stop in self.slabs:
+            dx = stage.add_weight_gradients(start, stop)
+            before.norm.observe_gradient(before.convolved(start, stop), dx)
+            if keep:
+                stored.append(start, dx)
+            if keep and stage.stored is not None:  # else what reads dx again needs it again
+                stage.stored.release_before(stop - stage.convolutions.halo)
+            self._forget()
+        before.norm.settle_gradient()
+        if keep:
+            before.stored_gradient, stage.stored = stored, None
+            before.convert()
+
+    def _into_the_skip(self, first: Stage) -> tuple[Tensor, Tensor]:
+        """Finish the decoder: its first weights, ``low`` and the bias; store ds if told to."""
+        assert self._low is not None
+        d_low = torch.empty_like(self._low)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        d_bias = torch.zeros_like(self._up_bias, dtype=wide)
+        if "skip_gradient" in self._keep:
+            self._skip_gradient = SlabStore()
+        for start, stop in self.slabs:
+            ds = first.add_weight_gradients(start, stop)
+            d_low[..., start // 2 : stop // 2] = ds[:, :, ::2, ::2, ::2]
+            d_bias += ds.sum(dim=(0, 2, 3, 4), dtype=wide)
+            if self._skip_gradient is not None:
+                self._skip_gradient.append(start, ds)
+                if first.stored_gradient is not None:
+                    first.stored_gradient.release_before(stop - first.convolutions.halo)
+            self._forget()
+        if self._skip_gradient is not None:
+            first.stored_gradient = None
+        if self._skip_gradient is not None or first.stored_gradient is not None:
+            self._release_decoder()  # ds comes from what is stored: no more need of the rest
+        return d_low, d_bias
+
+    # -- backward of the encoder ------------------------------------------------------------
+
+    def run_encoder_backward(self, gradient: Tensor, *, input_gradient: bool) -> Tensor | None:
+        """Return the gradient of x if it is asked for; everything stored is given back."""
+        if not self._decoder_done:
+            raise BackwardError(
+                "the encoder of a tiled level came to its backward before the decoder: the loss "
+                "must depend on the network's output"
+            )
+        assert self._x is not None
+        self._pooled_gradient = gradient
+        last = self.encoder[-1]
+        for start, stop in self.slabs:
+            dz = self._encoded_gradient(start, stop)
+            last.norm.observe_gradient(last.convolved(start, stop), dz)
+            self._forget()
+        last.norm.settle_gradient()
+        for stage, before in zip(self.encoder[:0:-1], self.encoder[-2::-1], strict=True):
+            self._step_back(stage, before)
+        d_x = torch.empty_like(self._x) if input_gradient else None
+        for start, stop in self.slabs:
+            dx = self.encoder[0].add_weight_gradients(start, stop, input_gradient=input_gradient)
+            if d_x is not None:
+                d_x[..., start:stop] = dx
+            self._forget()
+        self._release()
+        return d_x
+
+    def _encoded_gradient(self, start: int, stop: int) -> Tensor:
+        """Return the gradient of s: from the decoder, and from the pooling beside it."""
+        if self._skip_gradient is not None:
+            ds = self._skip_gradient.read(start, stop)
+        else:
+            ds = self.decoder[0].input_gradient(start, stop)
+        return ds + self._unpooled(start, stop)
+
+    def _unpooled(self, start: int, stop: int) -> Tensor:
+        assert self._pooled_gradient is not None
+        first, last = start - start % 2, stop + stop % 2  # pooling takes slices in pairs
+        gradient = self._pooled_gradient[..., first // 2 : last // 2].to(self.dtype).contiguous()
+        s = self._encoded(first, last)
+        _, chosen = F.max_pool3d(s, 2, return_indices=True)
+        whole: Tensor = torch.ops.aten.max_pool3d_with_indices_backward(
+            gradient, s, [2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1], False, chosen
+        )
+        return whole.narrow(-1, start - first, stop - start)
+
+    # -- memory -----------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        for stage in (*self.encoder, *self.decoder):
+            stage.forget()
+
+    def _forgetting(self, read: Read) -> Read:
+        """Return ``read``, dropping after each call what was made again for it."""
+
+        def read_and_forget(start: int, stop: int) -> Tensor:
+            values = read(start, stop)
+            self._forget()
+            return values
+
+        return read_and_forget
+
+    def _release_decoder(self) -> None:
+        if self._tail is not None:
+            self._tail.release()
+        self._low = self._tail = None
+        for stage in self.decoder:
+            stage.stored = None
+
+    def _release(self) -> None:
+        self._release_decoder()
+        self._x = self._pooled_gradient = self._skip_gradient = None
+        for stage in (*self.encoder, *self.decoder):
+            stage.stored = stage.stored_gradient = None
+            stage.forget()

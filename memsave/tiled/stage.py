@@ -1,0 +1,157 @@
+"""One stage of a tiled level: convolutions, then norm and activation, read slice by slice.
+
+Whatever a pass asks for is either stored or made again from what the stage reads, on just the
+slices asked for and the halo they need: so what to store is a choice of bytes against time, and
+changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from memsave.tiled.convolutions import Convolutions
+from memsave.tiled.norm import SlabNorm
+from memsave.tiled.norm_rules import norm_rule
+from memsave.tiled.slabs import Read, Slabs, SlabStore, padded
+
+__all__ = ["Stage", "split_stages"]
+
+
+class Stage:
+    """Convolutions, norm and activation of one training step on one level.
+
+    ``x`` is what the stage reads, ``c`` its last convolution's result, ``z`` its own. All methods
+    take the first slice and the one after the last.
+
+    Memory: ``c`` if it is stored, a slab at a time; ``dz``, later overwritten with ``dc``, if that
+        is stored. Beside them the slices last computed of ``c``, until ``forget``.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[Sequence[nn.Conv3d], nn.Module],
+        read: Read,
+        samples: int,
+        slabs: Slabs,
+        dtype: torch.dtype,
+    ) -> None:
+        convolutions, norm = layers
+        self.convolutions = Convolutions(convolutions, dtype)
+        channels = convolutions[-1].out_channels
+        self.norm = SlabNorm(norm_rule(norm), samples, channels, dtype)
+        self.read = read
+        self.slabs = slabs
+        self.read_output_gradient: Read | None = None  # dz, from whoever reads z
+        self.stored: SlabStore | None = None  # c
+        self.stored_gradient: SlabStore | None = None  # dz, and dc from ``convert`` on
+        self._converted = False
+        self._last: tuple[int, int, Tensor] | None = None
+
+    # -- forward ----------------------------------------------------------------------------
+
+    def run_forward(self, *, store: bool) -> None:
+        """Take the norm's statistics over all slabs; store ``c`` if told to."""
+        stored = SlabStore()
+        if store or not self.norm.rule.uses_running_statistics():
+            for start, stop in self.slabs:
+                c = self._compute(start, stop)
+                self.norm.observe(c)
+                if store:
+                    stored.append(start, c)
+        self.norm.settle()
+        if store:
+            self.stored = stored
+
+    def convolved(self, start: int, stop: int) -> Tensor:
+        """Return ``c``, stored or made again."""
+        if self.stored is not None:
+            return self.stored.read(start, stop)
+        if self._last is not None and self._last[0] <= start and stop <= self._last[1]:
+            return self._last[2].narrow(-1, start - self._last[0], stop - start).contiguous()
+        c = self._compute(start, stop)
+        self._last = (start, stop, c)
+        return c
+
+    def output(self, start: int, stop: int) -> Tensor:
+        """Return ``z``, a tensor of the caller's own."""
+        return self.norm.apply(self.convolved(start, stop))
+
+    def forget(self) -> None:
+        """Drop what was made again for the slab that is done."""
+        self._last = None
+
+    def _compute(self, start: int, stop: int) -> Tensor:
+        return self.convolutions.forward(self._padded(self.read, start, stop))
+
+    def _padded(self, read: Read, start: int, stop: int) -> Tensor:
+        return padded(read, start, stop, self.convolutions.halo, self.slabs[-1][1])
+
+    # -- backward ---------------------------------------------------------------------------
+
+    def convolved_gradient(self, start: int, stop: int) -> Tensor:
+        """Return ``dc``, once the norm's sums are settled."""
+        if self._converted:
+            assert self.stored_gradient is not None
+            return self.stored_gradient.read(start, stop)
+        c = self.convolved(start, stop)
+        return self.norm.gradient(c, self.output_gradient(start, stop))
+
+    def output_gradient(self, start: int, stop: int) -> Tensor:
+        """Return ``dz``."""
+        if self.stored_gradient is not None:
+            return self.stored_gradient.read(start, stop)
+        assert self.read_output_gradient is not None
+        return self.read_output_gradient(start, stop)
+
+    def input_gradient(self, start: int, stop: int) -> Tensor:
+        """Return ``dx``."""
+        dc = self._padded(self.convolved_gradient, start, stop)
+        return self.convolutions.input_gradient(dc)
+
+    def add_weight_gradients(
+        self, start: int, stop: int, *, input_gradient: bool = True
+    ) -> Tensor | None:
+        """Add what the slab gives to the weights' gradients; return ``dx`` of it if asked for."""
+        dc = self._padded(self.convolved_gradient, start, stop)
+        halo = self.convolutions.halo
+        owned = dc.narrow(-1, halo, stop - start).contiguous()
+        self.convolutions.add_weight_gradients(self._padded(self.read, start, stop), owned)
+        return self.convolutions.input_gradient(dc) if input_gradient else None
+
+    def convert(self) -> None:
+        """Overwrite the stored ``dz`` with ``dc``, giving back the stored ``c`` on the way."""
+        if self.stored_gradient is None:
+            return
+        for start, stop in self.slabs:
+            dz = self.stored_gradient.read(start, stop)  # the stored slab itself, not a copy
+            dz.copy_(self.norm.gradient(self.convolved(start, stop), dz))
+            self.forget()
+            if self.stored is not None:
+                self.stored.release_before(stop)
+        self._converted, self.stored = True, None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of convolutions and norm, in order."""
+        layers = [p for c in self.convolutions.layers for p in (c.weight, c.bias) if p is not None]
+        rule = self.norm.rule
+        return [*layers, *(p for p in (rule.weight, rule.bias) if p is not None)]
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Return the parameters' gradients."""
+        return {**self.convolutions.gradients(), **self.norm.gradients()}
+
+
+def split_stages(block: nn.Module) -> list[tuple[list[nn.Conv3d], nn.Module]]:
+    """Return a block's convolutions and the norm after them, stage by stage."""
+    stages: list[tuple[list[nn.Conv3d], nn.Module]] = []
+    convolutions: list[nn.Conv3d] = []
+    for layer in block.children():
+        if isinstance(layer, nn.Conv3d):
+            convolutions.append(layer)
+        else:
+            stages.append((convolutions, layer))
+            convolutions = []
+    return stages
