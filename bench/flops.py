@@ -9,7 +9,8 @@ leaves the groups out, which makes a depthwise one ``groups`` times too dear.
 
 What is recomputed is told from the rest of the backward by what runs it: a forward runs again
 either with gradients enabled, which they are not while autograd runs backward formulas, or inside
-of a module's ``forward``.
+of a module's ``forward``. A technique that recomputes by other ways says so, by
+``memsave.recomputing``, in forward too.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from memsave.recomputing import is_computed_again
+
 __all__ = ["FlopCount", "Flops", "flops_of"]
 
 _aten = torch.ops.aten
 
 
 class Flops(NamedTuple):
-    """FLOPs of a step: of its forward, of what backward ran a second time, and of all of it."""
+    """FLOPs of a step: of its forward, of what ran a second time, and of all of it."""
 
     forward: int = 0
     recomputed: int = 0
@@ -91,11 +94,11 @@ class FlopCount:
         if packet not in flop_registry:
             return
         flops = flops_of(packet, args, kwargs, result)
-        again = self.phase == "backward" and (in_module or torch.is_grad_enabled())
+        in_backward = self.phase == "backward"
+        again = is_computed_again() or (in_backward and (in_module or torch.is_grad_enabled()))
         forward, recomputed, total = self.counted
-        self.counted = Flops(
-            forward + flops * (self.phase == "forward"), recomputed + flops * again, total + flops
-        )
+        first = self.phase == "forward" and not again
+        self.counted = Flops(forward + flops * first, recomputed + flops * again, total + flops)
 
     def repeat(self, since: Flops, times: int) -> None:
         """Count what has been added since ``since``, a former ``counted``, ``times`` more times."""

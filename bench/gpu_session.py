@@ -1,10 +1,14 @@
 """All that needs a GPU, in one go: ``python -m bench.gpu_session``.
 
-Runs the tests marked ``gpu``, every shipped suite on the GPU, and the same suites predicted for
-that card, so that measured and predicted records lie side by side. A part that fails does not
-stop the others. It runs from a bare source tree: no git (``MEMBENCH_COMMIT`` names the commit), no
-installation, no nox. Results, logs and a summary end up in one archive, rewritten after each
-part, so that a session that is cut off keeps what it has.
+Runs the tests marked ``gpu``, measures the card (``membench calibrate``), runs every shipped suite
+on the GPU, records memory traces, times the kernels, predicts the same suites for that card with
+the tracer ``cuda`` and with the shim, and publishes the error. A part that fails does not stop the
+others. It runs from a bare source tree: no git (``MEMBENCH_COMMIT`` names the commit), no
+installation, no nox. Results, logs and a summary end up in one archive, rewritten after each part.
+
+Every part is a piece of less than ten minutes: at ``--part-limit`` it is ended, and run again it
+goes on where it stopped. ``--dry-run`` lists them, ``--only NAME`` runs one of them. Logs and
+outcomes of earlier pieces stay in the archive.
 
 Exit code 0: all passed; 1: a part failed; 2: there is no GPU, or the arguments are wrong.
 """
@@ -33,13 +37,18 @@ from bench.gpu import gpu_identity
 __all__ = ["Outcome", "Part", "main", "pack", "plan", "run_part"]
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("tests", "measure", "predict")
+KINDS = ("tests", "calibrate", "measure", "traces", "bench", "predict", "fidelity")
 _PYTEST_OPTIONS = (
     *("-m", "gpu"),
     # A test file whose imports this machine lacks must not keep the others from running, nor a
     # warning of versions that are not the pinned ones.
     *("--continue-on-collection-errors", "-W", "default"),
 )
+_BENCHMARK_OPTIONS = (
+    *("tests/benchmarks", "--benchmark-enable", "--benchmark-disable-gc", "--benchmark-warmup=off"),
+    *("-W", "default"),
+)
+_PART_LIMIT_S = 590.0
 _CARD_UNKNOWN = "CARD"  # what a dry run prints without a GPU
 
 
@@ -49,6 +58,7 @@ class Part:
 
     name: str
     command: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +77,74 @@ def plan(
     root: Path = ROOT,
     suites: Sequence[str] | None = None,
 ) -> list[Part]:
-    """Return the commands of a session in order: tests, suites on the GPU, suites predicted.
+    """Return the commands of a session in order, see the module.
 
     ``suites`` are run in the order given; None is all that are shipped.
     Raises MembenchError for a suite that is not.
     """
-    python = sys.executable
     shipped = sorted(path.stem for path in (root / "suites").glob("*.yaml"))
     suites = shipped if suites is None else suites
     for suite in suites:
         if suite not in shipped:
             raise MembenchError(f"no suite is called {suite!r}{nearest(suite, shipped)}")
-    parts: list[Part] = []
-    if "tests" in kinds:
-        parts.append(Part("tests", (python, "-m", "pytest", *_PYTEST_OPTIONS, "tests")))
-    for kind, options in (
-        ("measure", ("--device", "cuda")),
-        ("predict", ("--device", "predict", "--card", card)),
-    ):
-        if kind in kinds:
-            parts += [
-                Part(
-                    f"{kind}-{suite}",
-                    (python, "-m", "bench", "run", suite, *options, "--results", str(results)),
-                )
-                for suite in suites
-            ]
-    return parts
+    made = {
+        "tests": lambda: [_python("tests", "pytest", *_PYTEST_OPTIONS, "tests")],
+        "calibrate": lambda: [_calibrate(results)],
+        "measure": lambda: [_measure(suite, results) for suite in suites],
+        "traces": lambda: [_traces(suite, results) for suite in suites],
+        "bench": lambda: [_python("bench", "pytest", *_BENCHMARK_OPTIONS)],
+        "predict": lambda: [part for suite in suites for part in _predict(suite, results, card)],
+        "fidelity": lambda: [_fidelity(results, card)],
+    }
+    return [part for kind in KINDS if kind in kinds for part in made[kind]()]
+
+
+def _python(name: str, module: str, *arguments: str, **environment: str) -> Part:
+    variables = tuple(sorted(environment.items()))
+    return Part(name, (sys.executable, "-m", module, *arguments), variables)
+
+
+def _calibrate(results: Path) -> Part:
+    limit = str(int(_PART_LIMIT_S * 0.9))
+    cards = str(results / "cards")
+    return _python("calibrate", "bench", "calibrate", "-o", cards, "--time-limit", limit)
+
+
+def _measure(suite: str, results: Path) -> Part:
+    options = ("--device", "cuda", "--results", str(results), "--resume")
+    return _python(f"measure-{suite}", "bench", "run", suite, *options)
+
+
+def _traces(suite: str, results: Path) -> Part:
+    options = ("--suites", suite, "--results", str(results))
+    return _python(f"traces-{suite}", "bench.trace_session", *options)
+
+
+def _predict(suite: str, results: Path, card: str) -> list[Part]:
+    """Predict with the GPU's own torch on its own device, and as a machine without a GPU would."""
+    options = ("bench", "run", suite, "--device", "predict", "--card", card, "--resume")
+    cards = str(results / "cards")
+    shim = str(_shim_results(results))
+    return [
+        _python(f"predict-{suite}", *options, "--results", str(results), MEMBENCH_CARDS=cards),
+        _python(
+            f"predict-shim-{suite}",
+            *(*options, "--results", shim),
+            MEMBENCH_CARDS=cards,
+            MEMBENCH_TRACER="cuda-shim",
+        ),
+    ]
+
+
+def _shim_results(results: Path) -> Path:
+    """Return the folder for the shim's records: a report takes every record within its folder."""
+    return results.with_name(f"{results.name}.shim")
+
+
+def _fidelity(results: Path, card: str) -> Part:
+    options = (str(results / card), "--output", str(results / "reports"))
+    cards = str(results / "cards")
+    return _python("fidelity", "bench", "fidelity", *options, MEMBENCH_CARDS=cards)
 
 
 def run_part(part: Part, log: Path, limit_s: float | None = None, root: Path = ROOT) -> Outcome:
@@ -103,7 +154,12 @@ def run_part(part: Part, log: Path, limit_s: float | None = None, root: Path = R
     process = subprocess.Popen(
         part.command,
         cwd=root,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+            **dict(part.environment),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -140,8 +196,9 @@ def pack(archive: Path, results: Path, logs: Path, summary: dict[str, object]) -
     unfinished = archive.with_name(archive.name + ".part")
     with tarfile.open(unfinished, "w:gz") as tar:
         tar.add(logs, "logs")
-        if results.is_dir():
-            tar.add(results, "results")
+        for folder, name in ((results, "results"), (_shim_results(results), "results.shim")):
+            if folder.is_dir():
+                tar.add(folder, name)
     unfinished.replace(archive)
 
 
@@ -156,11 +213,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     parts = plan(results, card, options.parts, suites=options.suites)
+    if options.only:
+        unknown = sorted(set(options.only) - {part.name for part in parts})
+        if unknown:
+            known = nearest(unknown[0], [part.name for part in parts])
+            print(f"error: no part is called {unknown[0]!r}{known}", file=sys.stderr)
+            return 2
+        parts = [part for part in parts if part.name in options.only]
     if options.dry_run:
         for part in parts:
-            print(f"{part.name}: {shlex.join(part.command)}")
+            print(f"{part.name}: {_shown(part)}")
         return 0
-    outcomes = _run_all(parts, card, results, archive, options.time_limit)
+    limits = _Limits(options.time_limit, options.part_limit)
+    try:
+        outcomes = _run_all(parts, card, results, archive, limits)
+    except MembenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     failed = [outcome for outcome in outcomes if outcome.exit_code != 0]
     print(f"\n{card}: {len(outcomes) - len(failed)} of {len(parts)} parts passed")
     for outcome in outcomes:
@@ -169,26 +238,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed or len(outcomes) < len(parts) else 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    session_s: float | None
+    part_s: float
+
+
 def _run_all(
-    parts: list[Part], card: str, results: Path, archive: Path, limit_s: float | None
+    parts: list[Part], card: str, results: Path, archive: Path, limits: _Limits
 ) -> list[Outcome]:
-    deadline = None if limit_s is None else time.monotonic() + limit_s
+    deadline = None if limits.session_s is None else time.monotonic() + limits.session_s
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
+        earlier = _unpack(archive, Path(folder), card)
         for part in parts:
-            left_s = None if deadline is None else deadline - time.monotonic()
-            if left_s is not None and left_s <= 0:
+            left_s = limits.part_s if deadline is None else deadline - time.monotonic()
+            if left_s <= 0:
                 break
-            print(f"\n== {part.name}: {shlex.join(part.command)}", flush=True)
-            outcomes.append(run_part(part, Path(folder) / f"{part.name}.log", left_s))
+            print(f"\n== {part.name}: {_shown(part)}", flush=True)
+            limit_s = min(left_s, limits.part_s)
+            outcomes.append(run_part(part, Path(folder) / f"{part.name}.log", limit_s))
+            earlier |= {outcome.name: asdict(outcome) for outcome in outcomes}
             summary: dict[str, object] = {
                 "card": card,
                 "commit": os.environ.get("MEMBENCH_COMMIT"),
                 "planned": [p.name for p in parts],
-                "outcomes": [asdict(outcome) for outcome in outcomes],
+                "outcomes": list(earlier.values()),
             }
             pack(archive, results, Path(folder), summary)
     return outcomes
+
+
+def _shown(part: Part) -> str:
+    return " ".join(
+        [*(f"{n}={shlex.quote(v)}" for n, v in part.environment), shlex.join(part.command)]
+    )
+
+
+def _unpack(archive: Path, logs: Path, card: str) -> dict[str, dict[str, object]]:
+    """Put the logs of earlier pieces on the same card into ``logs``; return their outcomes."""
+    if not archive.is_file():
+        return {}
+    try:
+        with tarfile.open(archive) as tar:
+            found = tar.extractfile("logs/summary.json")
+            summary = json.load(found) if found is not None else {}
+            if summary.get("card") != card:
+                return {}
+            for member in tar.getmembers():
+                name = Path(member.name)
+                content = tar.extractfile(member)
+                if name.parent == Path("logs") and name.suffix == ".log" and content is not None:
+                    (logs / name.name).write_bytes(content.read())
+            return {outcome["name"]: outcome for outcome in summary["outcomes"]}
+    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+        raise MembenchError(f"{archive} is no archive of a session: {error}; remove it") from None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -202,8 +306,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=KINDS, default=KINDS, help="run only these")
     parser.add_argument("--suites", nargs="+", metavar="NAME", help="only these, in this order")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="only these parts, by name")
     parser.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="end the session after this long"
+    )
+    parser.add_argument(
+        "--part-limit", type=float, metavar="SECONDS", default=_PART_LIMIT_S, help="of each part"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     return parser.parse_args(arguments)

@@ -141,7 +141,7 @@ def _place(model: nn.Module, device: torch.device) -> None:
             made[id(tensor)] = fresh
         return made[id(tensor)]
 
-    old = []  # kept to the end, so that no two tensors share an id
+    old: list[Any] = []  # kept to the end, so that no two tensors share an id
     for module in model.modules():
         for name, tensor in list(_own_tensors(module)):
             old.append(tensor)

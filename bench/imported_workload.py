@@ -80,13 +80,10 @@ class ImportedWorkload(Workload):
 
     def loss_of(self, output: Any) -> Tensor:
         """Return the loss of the network's output; a MembenchError where the two do not fit."""
-        assert self.loss is not None
-        if not self.target_kind:
-            loss: Any = self.loss(output)  # type: ignore[call-arg]
-        else:
-            if self.target_kind != "given":
-                self._fit_target(output)
-            loss = self.loss(output, self.target)  # type: ignore[arg-type]
+        call: Any = self.loss
+        if self.target_kind in ("classes", "mask"):
+            self._fit_target(output)
+        loss = call(output, self.target) if self.target_kind else call(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MembenchError(
                 f"loss {self.loss_name!r} gives {_described(loss)}, not one number: reduce it, as "
@@ -120,9 +117,8 @@ class ImportedWorkload(Workload):
                 f"the network gives {_sides(shape)} for an input of {_sides(images)}: loss "
                 f"{name!r} compares them voxel by voxel, so give a loss of your own, or 'sum'"
             )
-        elif self.target_kind == "mask" and self.target is not None:
-            if self.target.shape != output.shape:
-                self.target = torch.randint(2, shape, dtype=torch.float32, device=output.device)
+        elif self.target_kind == "mask" and self.target is not None and self.target.shape != shape:
+            self.target = torch.randint(2, shape, dtype=torch.float32, device=output.device)
 
 
 def case_inputs(case: Case) -> tuple[InputSpec, ...]:

@@ -26,6 +26,7 @@ from bench.errors import MembenchError
 from bench.record import Parts
 from bench.units import format_bytes
 from bench.workload import Workload, build_workload
+from memsave.streams import streams_for
 
 __all__ = ["measure", "memory_fraction"]
 
@@ -101,6 +102,8 @@ def measure(
     if capacity_bytes is not None:
         _cap(cuda, capacity_bytes, free_bytes, total_bytes)
     meter = _Meter(cuda)
+    host = streams_for(cuda.device).host
+    host.reset_peak()
     notes: list[str] = []
     times: list[float] = []
     with _without_collections():
@@ -118,7 +121,7 @@ def measure(
         "needs_bytes": None,
         **peaks,
         "process_bytes": process.peak_bytes if refusal is None else None,
-        "peak_host_bytes": streams_for(cuda.device).host.peak_bytes or None,
+        "peak_host_bytes": host.peak_bytes or None,
         "parts": asdict(_parts(peaks, process.context_bytes)),
         "uncalibrated": (),
         "phases": meter.phases,

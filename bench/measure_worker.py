@@ -6,6 +6,8 @@ A fresh one for each case: a clean caching allocator, no context but its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from bench import nvml
@@ -57,14 +59,25 @@ def _prepare(used_before: dict[str, int | None]) -> tuple[dict[str, Any], Handle
         from bench.case import Case
         from bench.measure import measure
 
-        return measure(
-            Case.from_definition(request["case"]),
-            cuda,
-            used_before_bytes=used_before.get(cuda.uuid.lower()),
-            capacity_bytes=request.get("capacity_bytes"),
-        )
+        with _history(request.get("snapshot")) as history:
+            readings = measure(
+                Case.from_definition(request["case"]),
+                cuda,
+                used_before_bytes=used_before.get(cuda.uuid.lower()),
+                capacity_bytes=request.get("capacity_bytes"),
+            )
+        return {**readings, **history}
 
     return hello, handle
+
+
+def _history(path: str | None) -> AbstractContextManager[dict[str, int]]:
+    """Return what records every allocation to ``path``, or does nothing without one."""
+    if path is None:
+        return nullcontext({})
+    from bench.export.measured import recording_history
+
+    return recording_history(Path(path))
 
 
 def _refuse(why: str) -> Handler:

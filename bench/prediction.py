@@ -20,7 +20,8 @@ from bench.case import Case, Mode, Precision, TechniqueUse
 from bench.child import Child
 from bench.environment import read_environment
 from bench.errors import MembenchError
-from bench.imported import Imported, InputSpec, check_reference, is_reference, label, parse_input
+from bench.imported import Imported, check_reference, is_reference, label
+from bench.input_specs import input_spec, input_specs
 from bench.predict.cards import Card, find_card
 from bench.record import Record
 from bench.runner import make_record
@@ -29,10 +30,18 @@ from bench.timeline import Timeline
 if TYPE_CHECKING:
     from bench.predict.tracer import Trace
 
-__all__ = ["DEFAULT_CARD", "Prediction", "TechniqueEntry", "predict", "predict_case"]
+__all__ = [
+    "DEFAULT_CARD",
+    "Prediction",
+    "TechniqueEntry",
+    "predict",
+    "predict_case",
+    "technique_uses",
+]
 
 DEFAULT_CARD = "a100-80gb"
 TechniqueEntry: TypeAlias = "str | tuple[str, Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]"
+Techniques: TypeAlias = "str | Mapping[str, Mapping[str, Any]] | Sequence[TechniqueEntry]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,6 +55,11 @@ class Prediction:
     card: Card
     trace_data: str = field(repr=False)  # for bench.predict.trace_data.decode_trace
     allocator_settings: str = ""
+
+    @property
+    def case(self) -> Case:
+        """What was predicted, as plain data."""
+        return Case.from_definition(self.record.definition)
 
     @property
     def status(self) -> Literal["ok", "oom"]:
@@ -104,7 +118,9 @@ class Prediction:
         asked = find_card(card) if isinstance(card, str) else card
         if asked is None or asked == self.card:
             return self.status == "ok"
-        events = fill_workspaces(self.trace(), asked).events
+        if asked.calibration is not None:  # its libraries may need more of the trace than is kept
+            return predict_case(self.case, asked).status == "ok"
+        events = fill_workspaces(self.trace(), asked, self.case.cudnn_benchmark).events
         settings = parse_alloc_conf(self.allocator_settings)
         return simulate(events, asked.capacity_bytes, settings).oom_at_event is None
 
@@ -148,7 +164,7 @@ def predict(
     optimizer: str | Callable[..., Any] = "adam",
     card: str | Card = DEFAULT_CARD,
     precision: Precision = "fp32",
-    techniques: str | Sequence[TechniqueEntry] = (),
+    techniques: Techniques = (),
     mode: Mode = "train",
     steps: int = 2,
     target: Any = None,
@@ -191,24 +207,24 @@ def predict(
     """
     given = {"build": build, "loss": loss, "optimizer": optimizer}
     names = {what: _named(what, value) for what, value in given.items()}
-    specs = _inputs(inputs)
+    specs = input_specs(inputs)
     image = specs[0]
     imported = Imported(
         reference=names["build"],
         inputs=tuple(str(spec) for spec in specs),
-        target=None if target is None else str(_spec(target)),
+        target=None if target is None else str(input_spec(target)),
         pickled=_pickled(given),
     )
     return predict_case(
         Case(
             network=label(names["build"]),
-            variant="+".join(use.name for use in _techniques(techniques)) or "baseline",
+            variant="+".join(use.name for use in technique_uses(techniques)) or "baseline",
             requested_shape=image.shape[2:],
             shape=image.shape[2:],
             batch_size=image.shape[0],
             mode=_one_of("mode", mode, ("train", "infer")),
             precision=_one_of("precision", precision, ("fp32", "fp16", "bf16")),
-            techniques=_techniques(techniques),
+            techniques=technique_uses(techniques),
             loss=names["loss"],
             optimizer=names["optimizer"],
             steps=_positive("steps", steps),
@@ -288,65 +304,27 @@ def _pickled(given: Mapping[str, Any]) -> dict[str, str]:
     return {what: pack(what, value) for what, value in objects.items()}
 
 
-def _inputs(inputs: Any) -> tuple[InputSpec, ...]:
-    if isinstance(inputs, Mapping):
-        raise MembenchError("inputs is a mapping: give them in the order of forward's arguments")
-    several = isinstance(inputs, list) or (
-        isinstance(inputs, tuple) and not _is_shape(inputs) and not _is_typed_shape(inputs)
-    )
-    if several and not inputs:
-        raise MembenchError("inputs is empty: give at least one shape, as '1x1x128x128x128'")
-    if isinstance(inputs, list) and _is_shape(inputs):  # one shape, written as a list
-        return (_spec(tuple(inputs)),)
-    return tuple(_spec(value) for value in inputs) if several else (_spec(inputs),)
+def technique_uses(techniques: Techniques) -> tuple[TechniqueUse, ...]:
+    """Return techniques as a case holds them.
 
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(type(s) is int for s in value)
-
-
-def _is_typed_shape(value: Any) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and _is_shape(value[0])
-        and not isinstance(value[1], list | tuple)
-        and (str(value[1]).startswith("torch.") or isinstance(value[1], str))
-        and not hasattr(value[1], "shape")
-    )
-
-
-def _spec(value: Any) -> InputSpec:
-    """Return one input as shape and type, checked as the text of it would be."""
-    if isinstance(value, str):
-        return parse_input(value)
-    if _is_typed_shape(value):
-        shape, dtype = value
-    elif _is_shape(value):
-        shape, dtype = value, "float32"
-    elif hasattr(value, "shape") and hasattr(value, "dtype"):
-        shape, dtype = tuple(value.shape), value.dtype
-    else:
-        raise MembenchError(
-            f"input {value!r:.60} is no shape: give '1x1x128x128x128', a tuple of sides, "
-            "(sides, dtype) or a tensor"
-        )
-    return parse_input(f"{'x'.join(map(str, shape))}:{str(dtype).removeprefix('torch.')}")
-
-
-def _techniques(techniques: str | Sequence[TechniqueEntry]) -> tuple[TechniqueUse, ...]:
-    """Return the techniques checked: their names, and their options as data."""
+    Errors: MembenchError for a name or an option that does not exist.
+    """
     from memsave.errors import MemsaveError
     from memsave.techniques import find_technique, parse_options
 
     uses: list[TechniqueUse] = []
-    for entry in [techniques] if isinstance(techniques, str | Mapping) else techniques:
+    entries: Any = [techniques] if isinstance(techniques, str | Mapping) else techniques
+    for entry in entries:
         if isinstance(entry, Mapping):
             uses += [TechniqueUse(name=n, options=dict(o or {})) for n, o in entry.items()]
         elif isinstance(entry, str):
             uses.append(TechniqueUse(name=entry))
-        else:
+        elif isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping):
             uses.append(TechniqueUse(name=entry[0], options=dict(entry[1])))
+        else:
+            raise MembenchError(
+                f"a technique is its name, (name, options) or {{name: options}}, got {entry!r:.60}"
+            )
     try:
         for use in uses:
             parse_options(find_technique(use.name), use.options)

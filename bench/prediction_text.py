@@ -29,10 +29,10 @@ def explanation(record: Record, top: int = 10) -> str:
     """Return who holds the requested bytes at the peak: along each axis the ``top`` largest."""
     total = sum(holder.bytes for holder in record.peak_holders)
     cut = ", which ended before its peak for want of memory" if record.status == "oom" else ""
+    peak = format_bytes(record.peak_allocated_bytes or 0)
     lines = [
-        f"{record.case} on {record.card} (predicted): peak allocated "
-        f"{format_bytes(record.peak_allocated_bytes or 0)}{cut}; tensors and workspaces asked for "
-        f"{format_bytes(total)}"
+        f"{record.case} on {record.card} (predicted): peak allocated {peak}{cut}",
+        f"tensors and workspaces asked for {format_bytes(total)}",
     ]
     for axis in AXES:
         shares = held_by(record.peak_holders, axis)
@@ -43,5 +43,7 @@ def explanation(record: Record, top: int = 10) -> str:
         ]
         if len(shares) > top:
             rest = sum(share.bytes for share in shares[top:])
-            lines.append(f"  {format_bytes(rest):>10} {rest / total:6.1%}  in {len(shares) - top} more")
+            lines.append(
+                f"  {format_bytes(rest):>10} {rest / total:6.1%}  in {len(shares) - top} more"
+            )
     return "\n".join(lines)

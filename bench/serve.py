@@ -20,6 +20,7 @@ from bench.errors import MembenchError
 __all__ = ["serve"]
 
 _PR_SET_PDEATHSIG = 1
+_TRACING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "predict", "tracer.py")
 
 
 def serve(hello: dict[str, Any], handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -48,8 +49,18 @@ def _answer(
 
 def _one_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    # The line that called torch says more than the one within torch that refused.
+    frame = next((f for f in reversed(frames) if not _is_inner(f.filename)), None)
+    frame = frame or (frames[-1] if frames else None)
+    where = f" ({os.path.basename(frame.filename)}:{frame.lineno})" if frame else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{where}"
+
+
+def _is_inner(filename: str) -> bool:
+    """Whether a file is torch's, or the tracer's, through which torch's operators are called."""
+    torch = getattr(sys.modules.get("torch"), "__file__", None)
+    inner = [_TRACING, *([os.path.dirname(torch) + os.sep] if torch else [])]
+    return filename.startswith((*inner, "<"))
 
 
 def _send(replies: Any, reply: dict[str, Any]) -> None:

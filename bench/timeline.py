@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 __all__ = ["Timeline", "differences"]
@@ -87,7 +87,7 @@ class Timeline:
 
 def differences(values: Sequence[int]) -> tuple[int, ...]:
     """Return the first value, then each one's difference from the one before."""
-    return tuple(values[:1]) + tuple(b - a for a, b in zip(values, values[1:], strict=False))
+    return tuple(values[:1]) + tuple(b - a for a, b in pairwise(values))
 
 
 def _sums(changes: Sequence[int]) -> tuple[int, ...]:

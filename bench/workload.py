@@ -58,7 +58,7 @@ class Workload:
     def step(self, mark: Mark) -> None:
         """Run one step, telling ``mark`` when each phase begins."""
         with ExitStack() as around:
-            for technique, options in self.techniques:
+            for technique, options in sorted(self.techniques, key=lambda t: t[0].step_order):
                 around.enter_context(technique.step(self.model, options))
             if self.optimizer is None:
                 self._infer(mark)

@@ -2,7 +2,10 @@
 
 from memsave.apply import Applied, apply
 from memsave.checkpoint import checkpoint_block, checkpoint_sequence, checkpoint_steps
+from memsave.checkpoint_budget import checkpoint_budget
 from memsave.checkpoint_nested import checkpoint_nested_steps
+from memsave.checkpoint_selective import checkpoint_selective
+from memsave.compression import compress_activations
 from memsave.errors import (
     BackwardError,
     InputError,
@@ -16,6 +19,7 @@ from memsave.in_place_abn_sync import InPlaceABNSync
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
 from memsave.mixed_precision import MixedPrecision
 from memsave.networks import FCN, NETWORKS
+from memsave.offload import offload
 from memsave.optimizer_in_backward import optimizer_in_backward
 from memsave.recompute_pairs import recompute_pair, recompute_pairs
 from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute, recompute
@@ -42,10 +46,14 @@ __all__ = [
     "apply",
     "attach_recompute",
     "checkpoint_block",
+    "checkpoint_budget",
     "checkpoint_nested_steps",
+    "checkpoint_selective",
     "checkpoint_sequence",
     "checkpoint_steps",
+    "compress_activations",
     "find_technique",
+    "offload",
     "optimizer_in_backward",
     "recompute",
     "recompute_pair",

@@ -6,7 +6,7 @@ How norms and activations are found: ``memsave/surgery/pairs.py``. What decides 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from memsave.checkpoint import checkpoint_block
+from memsave.checkpoint_selective import checkpoint_selective
 from memsave.errors import OptionError, UnknownNameError
 from memsave.surgery.decisions import NORM_TECHNIQUES, ReluChoice
 from memsave.surgery.replacements import Replacements
@@ -26,6 +27,12 @@ __all__ = ["Applied", "TechniqueEntry", "apply"]
 
 # "checkpoint", ("checkpoint", {"every": 2}) or {"checkpoint": {"every": 2}}
 TechniqueEntry: TypeAlias = "str | tuple[str, Mapping[str, Any]] | Mapping[str, Mapping[str, Any]]"
+
+# what these techniques do to one block, which in a network of the user's own the user names
+_BY_BLOCK: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "checkpoint": checkpoint_block,
+    "checkpoint_selective": checkpoint_selective,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +57,7 @@ class Applied:
         scopes = ExitStack()
         used = {change.technique for change in self.replaced}
         try:
-            for technique, options in self.techniques:
+            for technique, options in sorted(self.techniques, key=lambda t: t[0].step_order):
                 if technique.name in NORM_TECHNIQUES and technique.name not in used:
                     continue  # it found no place, so there is nothing to enter
                 scopes.enter_context(technique.step(self.model, options))
@@ -182,8 +189,8 @@ def _act_on_module(
 ) -> tuple[nn.Module, list[Change]]:
     """Let a technique that is not about norms act; report the modules whose class it changed."""
     before = {name: (id(module), type(module)) for name, module in model.named_modules()}
-    if technique.name == "checkpoint" and not isinstance(model, NamesBlocks):
-        changed = _checkpoint_named_blocks(model, options)
+    if technique.name in _BY_BLOCK and not isinstance(model, NamesBlocks):
+        changed = _checkpoint_named_blocks(model, options, technique.name)
     elif _acts(technique):
         changed = technique.module(model, options)
     else:
@@ -206,19 +213,19 @@ def _acts(technique: Technique) -> bool:
     return any(getattr(technique, place) is not defaults[place].default for place in places)
 
 
-def _checkpoint_named_blocks(model: nn.Module, options: Any) -> nn.Module:
+def _checkpoint_named_blocks(model: nn.Module, options: Any, technique: str) -> nn.Module:
     """Checkpoint the blocks that the user names, in a network that does not name them itself."""
     modules = {name: module for name, module in model.named_modules() if name}
     if not options.blocks:
         raise OptionError(
             f"{type(model).__name__} does not say what may be checkpointed: name its blocks, as in "
-            f'("checkpoint", {{"blocks": {_candidates(model)}}})'
+            f'("{technique}", {{"blocks": {_candidates(model)}}})'
         )
     for name in options.blocks:
         if name not in modules:
             raise UnknownNameError("block", name, modules)
     for name in options.blocks:
-        checkpoint_block(modules[name])
+        _BY_BLOCK[technique](modules[name])
     return model
 
 

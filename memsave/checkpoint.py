@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from memsave.errors import InputError, OptionError
@@ -26,6 +27,7 @@ __all__ = ["CheckpointedSequence", "checkpoint_block", "checkpoint_sequence", "c
 
 State = TypeVar("State")
 Output = TypeVar("Output")
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
 
 def checkpoint_block(module: nn.Module) -> nn.Module:
@@ -160,15 +162,27 @@ def _run(
     modules: Sequence[nn.Module],
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
+    contexts: Callable[[Sequence[nn.Module]], Contexts] | None = None,
 ) -> Any:
-    """Call ``function`` as one checkpointed region, whose norms are those of ``modules``."""
+    """Call ``function`` as one checkpointed region, whose norms are those of ``modules``.
+
+    ``contexts`` gives those of the forward and of its recomputation, which leave the norms'
+    statistics alone unless told otherwise.
+    """
     kwargs = kwargs or {}
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    inputs = [(tensor, tensor._version) for tensor in _tensors((args, kwargs))]
-    result = checkpoint(
-        function, *args, use_reentrant=False, context_fn=lambda: _contexts(modules), **kwargs
-    )
+    make = contexts or _contexts
+    # Tensors one by one: torch holds those inside of a tuple or a dict outright, past the hooks of
+    # a region around this one, which then keeps what it should make again.
+    leaves, form = tree_flatten((args, kwargs))
+    inputs = [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def on_leaves(*leaves: Any) -> Any:
+        args, kwargs = tree_unflatten(leaves, form)
+        return function(*args, **kwargs)
+
+    result = checkpoint(on_leaves, *leaves, use_reentrant=False, context_fn=lambda: make(modules))
     if any(tensor._version != version for tensor, version in inputs):
         raise InputError(
             "a checkpointed region overwrites its own input, so that it cannot be run again: let "
@@ -177,9 +191,7 @@ def _run(
     return result
 
 
-def _contexts(
-    modules: Sequence[nn.Module],
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(modules: Sequence[nn.Module]) -> Contexts:
     return nullcontext(), _statistics_untouched(modules)
 
 
@@ -201,13 +213,3 @@ def _statistics_untouched(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for norm, originals in buffers:
             norm._buffers.update(originals)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, tuple | list):
-        for element in value:
-            yield from _tensors(element)

@@ -3,7 +3,7 @@
 One level keeps a state for every k-th step, so its memory still grows with the steps. Here the
 steps are cut into segments of which only the first state is kept; when backward comes to a segment
 it runs again, keeping the states inside, and each of those runs again for its activations. A step
-runs forward three times instead of two.
+runs forward three times instead of two, the last of a segment twice.
 
 Source: the two-level case of Griewank, "Achieving logarithmic growth of temporal and spatial
 complexity in reverse automatic differentiation", 1992; Chen, Xu, Zhang, Guestrin,
@@ -63,7 +63,7 @@ def checkpoint_nested_steps(
 
     def run(state: State, inputs: Iterable[Tensor]) -> tuple[State, list[Output]]:
         remaining = tuple(inputs)
-        length = segment or segment_length(len(remaining), every)
+        length = segment or segment_length(max(1, len(remaining)), every)
         outputs: list[Output] = []
         for first in range(0, len(remaining), length):
             of_segment = remaining[first : first + length]
@@ -77,14 +77,14 @@ def checkpoint_nested_steps(
 def segment_length(steps: int, every: int = 1) -> int:
     """Return the steps of a segment with which fewest states are kept, a multiple of ``every``.
 
-    Of several such, one that divides ``steps``, so that all segments are alike; then the longest.
+    Of several such, one that divides ``steps``, so that all segments are alike; then the shortest.
     """
     if steps < 1 or every < 1:
         raise OptionError(f"steps and every must be 1 or more, got {steps} and {every}")
     groups = math.ceil(steps / every)
     return min(
         (every * inner for inner in range(1, groups + 1)),
-        key=lambda length: (kept_states(steps, every, length), steps % length != 0, -length),
+        key=lambda length: (kept_states(steps, every, length), steps % length != 0, length),
     )
 
 

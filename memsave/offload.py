@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ class OffloadOptions:
     """What is moved to the host, and how much device memory the moving may take."""
 
     minimum_bytes: int = 2**20  # smaller blocks stay on the device
-    in_flight_bytes: int = 2**30  # of blocks being copied, either way, or brought ahead of their use
+    in_flight_bytes: int = 2**30  # of blocks on their way, or brought ahead of their use
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -99,7 +98,7 @@ class _Scope:
         self._parameters = ParameterStorages(model)
         self._slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
         self._order: list[weakref.ref[Saved]] = []  # as packed; backward comes the other way
-        self._leaving: deque[weakref.ref[Slot]] = deque()
+        self._leaving: list[weakref.ref[Slot]] = []  # oldest first
         self._ready: list[Slot] = []  # held for backward, the next one first
         self._ends_at = -1  # the backward at whose end nothing is held any more
         self._lock = threading.RLock()  # autograd runs each device's backward in its own thread
@@ -141,27 +140,28 @@ class _Scope:
     # -- forward ----------------------------------------------------------------------------
 
     def _moves(self, tensor: Tensor) -> bool:
+        if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+            return False  # its memory is that of other tensors
         return (
-            tensor.layout == torch.strided
-            and not is_traceable_wrapper_subclass(tensor)  # whose memory is that of others
-            and tensor.device == self._device
+            tensor.device == self._device
             and not (tensor.is_conj() or tensor.is_neg())  # a flag beside the bytes
             and tensor.untyped_storage().nbytes() >= max(1, self._minimum_bytes)
             and not self._parameters.hold(tensor)
         )
 
     def _send(self, tensor: Tensor) -> Slot:
-        """Begin to copy a tensor's storage out, waiting for older ones if they are too many."""
-        slot = Slot(tensor, self._streams)
-        self._leaving.append(weakref.ref(slot))
+        """Begin to copy a tensor's storage out, once older copies leave room for it."""
         flying = [s for s in (ref() for ref in self._leaving) if s is not None and s.in_flight]
-        total = sum(s.size_bytes for s in flying)
-        for oldest in flying:
-            if total <= self._in_flight_bytes:
-                break
-            oldest.release()
-            total -= oldest.size_bytes
-        self._leaving = deque(weakref.ref(s) for s in flying if s.in_flight)
+        total = tensor.untyped_storage().nbytes() + sum(s.size_bytes for s in flying)
+        while flying and total > self._in_flight_bytes:
+            total -= flying[0].size_bytes
+            flying.pop(0).release()
+        slot = Slot(tensor, self._streams)
+        if total > self._in_flight_bytes:
+            slot.release()
+        else:
+            flying.append(slot)
+        self._leaving = [weakref.ref(s) for s in flying]
         return slot
 
     # -- backward ---------------------------------------------------------------------------

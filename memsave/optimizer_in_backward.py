@@ -43,8 +43,9 @@ def optimizer_in_backward(optimizer: torch.optim.Optimizer) -> torch.optim.Optim
         use bf16; closures; hooks on the optimizer's step; weights that are read again by a
         backward after their own update (a parameter's uses all come before it).
     Errors: OptionError for an optimizer that needs all gradients at once (LBFGS) or has step
-        hooks or a learning-rate scheduler already. BackwardError for a second backward before ``step()``, for loss scaling, and for a
-        gradient that is there at ``step()`` though no backward made it; OptionError for a closure.
+        hooks or a learning-rate scheduler already, and for a closure. BackwardError for a second
+        backward before ``step()``, for loss scaling, and for a gradient that is there at
+        ``step()`` though no backward made it.
     """
     kind = type(optimizer)
     if issubclass(kind, _InBackward):
@@ -67,7 +68,7 @@ def optimizer_in_backward(optimizer: torch.optim.Optimizer) -> torch.optim.Optim
     state = vars(optimizer)
     state["_plain_step"] = _unbound_step(kind)
     state["_updated"] = set()
-    optimizer.__class__ = _class_of(kind)
+    optimizer.__class__ = _class_of(kind)  # type: ignore[arg-type]
     for parameter in _parameters(optimizer):
         _attach(optimizer, parameter)
     return optimizer
@@ -146,7 +147,8 @@ def _unbound_step(kind: type[torch.optim.Optimizer]) -> Any:
 def _attach(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     trained = parameter.requires_grad
     parameter.requires_grad_()  # a frozen one may be thawed later, and takes no hook before
-    parameter.register_post_accumulate_grad_hook(optimizer._update)  # type: ignore[attr-defined]
+    attach: Any = parameter.register_post_accumulate_grad_hook
+    attach(optimizer._update)  # type: ignore[attr-defined]
     parameter.requires_grad_(trained)
 
 

@@ -16,16 +16,15 @@ What is alive when backward is at block i of a region [p, q), in the model used 
 - gradients: the result of every block up to i that a block behind i reads, or the loss;
 - ``work_bytes`` of block i.
 
-The network's own input, parameters, their gradients and the optimizer's state are not counted. Of
-two placements of equal cost the one of smaller peak is taken.
+The network's own input, parameters, their gradients and the optimizer's state are not counted.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
 from memsave.errors import OptionError
 
@@ -83,39 +82,18 @@ def place(
         longest: how many blocks a recomputed region may have, 1 where each block is a module
             whose neighbours cannot be run with it; None: any number.
     """
-    network = _Network(blocks)
-    count = len(blocks)
-    partials: list[list[_Partial]] = [[] for _ in range(count + 1)]
-    partials[0] = [_Partial()]
-    for stop in range(1, count + 1):
-        found = [
-            network.extend(partial, start, stop, kept)
-            for start in range(max(0, stop - (longest or count)), stop)
-            for kept in ((True, False) if stop - start == 1 else (False,))
-            for partial in partials[start]
-        ]
-        partials[stop] = _undominated([p for p in found if p.peak_bytes <= budget_bytes])
-    if not partials[count]:
-        return None
-    best = min(partials[count], key=lambda p: (p.cost, p.peak_bytes, p.segments))
-    return Placement(segments=best.segments, peak_bytes=best.peak_bytes, cost=best.cost)
+    found = _search(_Network(blocks), longest, budget_bytes, lambda partial: partial.cost)
+    best = min(found, key=lambda p: (p.cost, p.peak_bytes, p.segments), default=None)
+    return None if best is None else best.placement()
 
 
 def least_peak(blocks: Sequence[Block], *, longest: int | None = None) -> Placement:
-    """Return the placement of the smallest peak, of least cost among those: what is possible.
-
-    Found by bisection on the budget, down to the byte.
-    """
-    best = place(blocks, peak_of(blocks, ()), longest=longest)
-    assert best is not None  # recomputing nothing fits
-    low, high = 0, best.peak_bytes
-    while low < high:
-        middle = (low + high) // 2
-        found = place(blocks, middle, longest=longest)
-        if found is None:
-            low = middle + 1
-        else:
-            best, high = found, found.peak_bytes
+    """Return the placement of the smallest peak, of least cost among those: what is possible."""
+    network = _Network(blocks)
+    plain_bytes = peak_of(blocks, ())
+    found = _search(network, longest, plain_bytes, lambda partial: partial.peak_bytes)
+    best = place(blocks, min(partial.peak_bytes for partial in found), longest=longest)
+    assert best is not None
     return best
 
 
@@ -151,6 +129,18 @@ class _Partial:
     segments: tuple[Segment, ...] = ()
     waiting: frozenset[int] = frozenset()  # results that only blocks still to come hold
 
+    def placement(self) -> Placement:
+        return Placement(segments=self.segments, peak_bytes=self.peak_bytes, cost=self.cost)
+
+
+class _Region(NamedTuple):
+    """What a region adds to a placement of the blocks before it."""
+
+    held_bytes: int
+    alive_bytes: int  # at most, beside what those before it hold
+    cost: int
+    waiting: frozenset[int]
+
 
 class _Network:
     """The blocks with who reads whose result."""
@@ -164,54 +154,80 @@ class _Network:
                 if not 0 <= read < i:
                     raise OptionError(f"block {i} can only read blocks before it, got {read}")
                 self.readers[read].append(i)
-        self.gradients = [self._gradients(i) for i in range(len(blocks))]
+        self.count = len(blocks)
+        self.gradients = [self._gradients(i) for i in range(self.count)]
+        self._regions: dict[tuple[frozenset[int], int, int, bool], _Region] = {}
 
     def extend(self, partial: _Partial, start: int, stop: int, kept: bool) -> _Partial:
         """Return ``partial``, of the blocks before ``start``, with this region behind it."""
-        read = {j for j in partial.waiting if self._first_reader(j, start) < stop}
-        made = {j for j in range(start, stop) if self._first_reader(j, stop) < len(self.blocks)}
-        held = partial.held_bytes + self._bytes(read)
-        if kept:
-            held += self.blocks[start].inside_bytes
-        cost = 0 if kept else sum(block.cost for block in self.blocks[start:stop])
-        alive = partial.held_bytes + self._most_alive(partial.waiting, start, stop)
+        region = self._region(partial.waiting, start, stop, kept)
         return _Partial(
-            held_bytes=held,
-            peak_bytes=max(partial.peak_bytes, alive),
-            cost=partial.cost + cost,
+            held_bytes=partial.held_bytes + region.held_bytes,
+            peak_bytes=max(partial.peak_bytes, partial.held_bytes + region.alive_bytes),
+            cost=partial.cost + region.cost,
             segments=partial.segments if kept else (*partial.segments, (start, stop)),
-            waiting=(partial.waiting - read) | made,
+            waiting=region.waiting,
         )
+
+    def _region(self, waiting: frozenset[int], start: int, stop: int, kept: bool) -> _Region:
+        key = (waiting, start, stop, kept)
+        if key not in self._regions:
+            blocks = self.blocks[start:stop]
+            read = {j for j in waiting if self._first_reader(j, start) < stop}
+            made = {j for j in range(start, stop) if self._first_reader(j, stop) < self.count}
+            self._regions[key] = _Region(
+                held_bytes=self._bytes(read) + (blocks[0].inside_bytes if kept else 0),
+                alive_bytes=self._most_alive(waiting, start, stop),
+                cost=0 if kept else sum(block.cost for block in blocks),
+                waiting=(waiting - read) | made,
+            )
+        return self._regions[key]
 
     def _most_alive(self, waiting: frozenset[int], start: int, stop: int) -> int:
         """Return the most that a region has alive beside what those before it hold."""
-        alive = []
-        insides = accumulate(block.inside_bytes for block in self.blocks[start:stop])
-        for i, inside in zip(range(start, stop), insides, strict=True):
-            results = (*waiting, *range(start, i))
-            read = self._bytes(j for j in results if self._first_reader(j, start) <= i)
-            alive.append(inside + read + self.gradients[i] + self.blocks[i].work_bytes)
-        return max(alive)
+        first_read: dict[int, int] = defaultdict(int)
+        for j in (*waiting, *range(start, stop)):
+            first_read[self._first_reader(j, start)] += self.blocks[j].result_bytes
+        most = kept = 0
+        for i in range(start, stop):
+            kept += self.blocks[i].inside_bytes + first_read[i]
+            most = max(most, kept + self.gradients[i] + self.blocks[i].work_bytes)
+        return most
 
     def _gradients(self, i: int) -> int:
         """Return the bytes of the gradients that are there when backward comes to block ``i``."""
-        last = len(self.blocks)
-        return self._bytes(j for j in range(i + 1) if max(self.readers[j], default=last) > i)
+        return self._bytes(j for j in range(i + 1) if max(self.readers[j], default=self.count) > i)
 
     def _first_reader(self, j: int, begin: int) -> int:
-        """Return the first block from ``begin`` on that reads result ``j``; past the end if none."""
-        return next((reader for reader in self.readers[j] if reader >= begin), len(self.blocks))
+        """Return the first block from ``begin`` on that reads result ``j``; the count if none."""
+        return next((reader for reader in self.readers[j] if reader >= begin), self.count)
 
     def _bytes(self, results: Iterable[int]) -> int:
         return sum(self.blocks[j].result_bytes for j in results)
 
 
-def _undominated(partials: list[_Partial]) -> list[_Partial]:
-    """Return those that no other one with the same results waiting beats in bytes and cost."""
-    kept: dict[frozenset[int], list[_Partial]] = defaultdict(list)
-    ordered = sorted(partials, key=lambda p: (p.held_bytes, p.cost, p.peak_bytes, p.segments))
-    for partial in ordered:
-        others = kept[partial.waiting]
-        if not any(o.cost <= partial.cost and o.peak_bytes <= partial.peak_bytes for o in others):
-            others.append(partial)
-    return [partial for partials in kept.values() for partial in partials]
+def _search(
+    network: _Network, longest: int | None, budget_bytes: int, aim: Callable[[_Partial], int]
+) -> list[_Partial]:
+    """Return placements of all blocks within the budget, among them one of the smallest ``aim``."""
+    partials = [[_Partial()], *([] for _ in range(network.count))]
+    for stop in range(1, network.count + 1):
+        found = [
+            network.extend(partial, start, stop, kept)
+            for start in range(max(0, stop - (longest or network.count)), stop)
+            for kept in ((True, False) if stop - start == 1 else (False,))
+            for partial in partials[start]
+        ]
+        partials[stop] = _undominated([p for p in found if p.peak_bytes <= budget_bytes], aim)
+    return partials[network.count]
+
+
+def _undominated(partials: list[_Partial], aim: Callable[[_Partial], int]) -> list[_Partial]:
+    """Return those that no other one with the same results waiting beats in bytes held and aim."""
+    kept: list[_Partial] = []
+    least: dict[frozenset[int], int] = {}
+    for partial in sorted(partials, key=lambda p: (p.held_bytes, aim(p), p.peak_bytes)):
+        if partial.waiting not in least or aim(partial) < least[partial.waiting]:
+            least[partial.waiting] = aim(partial)
+            kept.append(partial)
+    return kept

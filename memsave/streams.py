@@ -1,4 +1,4 @@
-"""The one seam between offloading and a device: pinned memory, copies beside the computation, waits.
+"""The one seam between offloading and a device: pinned memory, copies beside computation, waits.
 
 ``memsave.offload`` decides what is moved and when; how is decided here. ``CudaStreams`` copies on
 a second stream to pinned memory, ``PlainStreams`` at once and on any device. Whoever runs a step
@@ -67,7 +67,7 @@ class HostBuffer:
         weakref.finalize(self, host.give_back, size_bytes).atexit = False
 
     def beside(self, block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each piece with its part of ``block``, a flat tensor of bytes, both equally long."""
+        """Yield each piece with its part of ``block``, a flat tensor of bytes, of one length."""
         begin = 0
         for piece in self.pieces:
             part = block[begin : begin + piece.numel()]
@@ -144,7 +144,9 @@ class CudaStreams:
         It rounds up to powers of two: in one piece, 640 MiB would take 1 GiB.
         """
         sizes = piece_sizes(size_bytes)
-        pieces = tuple(torch.empty(n, dtype=torch.uint8, pin_memory=True) for n in sizes)
+        pieces = tuple(
+            torch.empty(n, dtype=torch.uint8, device="cpu", pin_memory=True) for n in sizes
+        )
         return HostBuffer(self.host, sum(sizes), pieces)
 
     def copy_to_host(self, block: Tensor, buffer: HostBuffer) -> Ticket:

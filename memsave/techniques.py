@@ -19,9 +19,17 @@ import torch
 from torch import nn
 
 from memsave.checkpoint import checkpoint_block
-from memsave.checkpoint_nested import check_segment
+from memsave.checkpoint_budget import checkpoint_budget
+from memsave.checkpoint_options import (
+    CheckpointBudgetOptions,
+    CheckpointOptions,
+    CheckpointStepsOptions,
+)
+from memsave.checkpoint_selective import checkpoint_selective
+from memsave.compression import CompressionOptions, check_compressible, compress_activations
 from memsave.errors import OptionError, UnknownNameError
 from memsave.mixed_precision import Precision
+from memsave.offload import OffloadOptions, offload
 from memsave.optimizer_in_backward import optimizer_in_backward
 from memsave.recompute_pairs import recompute_pairs
 from memsave.recomputed_norm_act import recompute
@@ -29,6 +37,7 @@ from memsave.tiled import TiledLevelsOptions, tile_levels
 
 __all__ = [
     "TECHNIQUES",
+    "CheckpointBudgetOptions",
     "CheckpointOptions",
     "CheckpointStepsOptions",
     "NamesBlocks",
@@ -88,36 +97,6 @@ class NoOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointOptions:
-    """Which of the blocks that a network calls checkpointable are recomputed."""
-
-    every: int = 1  # every k-th block, the first included
-    blocks: tuple[str, ...] = ()  # these blocks instead, by their names in the network
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise OptionError(f"every must be 1 or more, got {self.every}")
-        if self.blocks and self.every != 1:
-            raise OptionError(f"give blocks or every, not both: got {self.blocks}, {self.every}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointStepsOptions:
-    """How often a recurrent network keeps its state."""
-
-    every: int = 1  # steps from one state kept to the next
-    nested: bool = False  # two levels: about the square root of the steps' states
-    segment: int | None = None  # steps of an outer segment; about the square root unless told
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise OptionError(f"every must be 1 or more steps, got {self.every}")
-        if self.segment is not None and not self.nested:
-            raise OptionError(f"segment is for nested: true alone, got segment {self.segment}")
-        check_segment(self.segment, self.every)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Technique:
     """One way to spend less memory, as a suite file names it. ``options`` is a frozen dataclass."""
 
@@ -132,6 +111,7 @@ class Technique:
     build: Callable[[Mapping[str, Any], Any], dict[str, Any]] = _same_network_options
     module: Callable[[nn.Module, Any], nn.Module] = _same_module
     step: Callable[[nn.Module, Any], AbstractContextManager[None]] = _plain_step
+    step_order: int = 2  # scopes around the step are entered in this order, then as named
     optimizer: Callable[[torch.optim.Optimizer, nn.Module, Any], torch.optim.Optimizer] = (
         _same_optimizer
     )
@@ -141,14 +121,19 @@ def _use_norm(norm: str) -> Callable[[Mapping[str, Any], Any], dict[str, Any]]:
     return lambda network_options, _options: {**network_options, "norm": norm}
 
 
-def _checkpoint_blocks(model: nn.Module, options: CheckpointOptions) -> nn.Module:
-    names = _checkpointable(model)
-    for name in options.blocks:
-        if name not in names:
-            raise UnknownNameError("checkpointable block", name, names)
-    for name in options.blocks or names[:: options.every]:
-        checkpoint_block(model.get_submodule(name))
-    return model
+def _each_block(
+    change: Callable[[nn.Module], nn.Module],
+) -> Callable[[nn.Module, CheckpointOptions], nn.Module]:
+    def change_blocks(model: nn.Module, options: CheckpointOptions) -> nn.Module:
+        names = _checkpointable(model)
+        for name in options.blocks:
+            if name not in names:
+                raise UnknownNameError("checkpointable block", name, names)
+        for name in options.blocks or names[:: options.every]:
+            change(model.get_submodule(name))
+        return model
+
+    return change_blocks
 
 
 def _checkpoint_steps(model: nn.Module, options: CheckpointStepsOptions) -> nn.Module:
@@ -162,6 +147,10 @@ def _checkpoint_steps(model: nn.Module, options: CheckpointStepsOptions) -> nn.M
     else:
         model.checkpoint_every(options.every)
     return model
+
+
+def _checkpoint_budget(model: nn.Module, options: CheckpointBudgetOptions) -> nn.Module:
+    return checkpoint_budget(model, options.budget, options.share)
 
 
 def _optimizer_in_backward(
@@ -181,6 +170,22 @@ def _recompute_pairs(model: nn.Module, _options: Any) -> nn.Module:
 
 def _recompute_step(model: nn.Module, _options: Any) -> AbstractContextManager[None]:
     return recompute(model)
+
+
+def _offload_step(model: nn.Module, options: OffloadOptions) -> AbstractContextManager[None]:
+    return offload(
+        model, minimum_bytes=options.minimum_bytes, in_flight_bytes=options.in_flight_bytes
+    )
+
+
+def _compress_step(model: nn.Module, options: CompressionOptions) -> AbstractContextManager[None]:
+    return compress_activations(
+        model,
+        format=options.format,
+        scale=options.scale,
+        minimum_bytes=options.minimum_bytes,
+        seed=options.seed,
+    )
 
 
 def _checkpointable(model: nn.Module) -> tuple[str, ...]:
@@ -243,7 +248,16 @@ TECHNIQUES: dict[str, Technique] = _table(
         source="Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174",
         formula="the inputs of each block: one block's insides live at a time",
         options=CheckpointOptions,
-        module=_checkpoint_blocks,
+        module=_each_block(checkpoint_block),
+    ),
+    Technique(
+        name="checkpoint_selective",
+        summary="keep a block's convolution results and run its norms and activations again",
+        exact=True,
+        source="Korthikanti et al., arXiv:2205.05198; torch's selective checkpoint contexts",
+        formula="each block's input and its convolutions' results: one block's rest at a time",
+        options=CheckpointOptions,
+        module=_each_block(checkpoint_selective),
     ),
     Technique(
         name="checkpoint_steps",
@@ -253,6 +267,37 @@ TECHNIQUES: dict[str, Technique] = _table(
         formula="the state of every k-th step, nested 2 sqrt(steps / k) states; k steps' insides",
         options=CheckpointStepsOptions,
         module=_checkpoint_steps,
+    ),
+    Technique(
+        name="offload",
+        summary="keep saved activations in pinned host memory, copied beside the computation",
+        exact=True,
+        source="Rhu et al., vDNN, MICRO 2016, arXiv:1602.08124",
+        formula="in_flight_bytes on the device; every block of minimum_bytes or more on the host",
+        options=OffloadOptions,
+        step=_offload_step,
+        step_order=0,  # around every other: it moves what they keep
+    ),
+    Technique(
+        name="compress_activations",
+        summary="keep saved activations in bf16, fp8 or int8 with stochastic rounding",
+        exact=False,
+        source="Chakrabarti and Moseley, arXiv:1901.07988; Chen et al., ActNN, arXiv:2104.14129",
+        formula="n values, C channels: bf16 2 n bytes; fp8 and int8 n + 4 C",
+        within="bf16 2^-8 |x|, fp8 2^-4 |x|, int8 max|x| / 127 of each saved value x",
+        options=CompressionOptions,
+        module=check_compressible,
+        step=_compress_step,
+        step_order=1,
+    ),
+    Technique(
+        name="checkpoint_budget",
+        summary="recompute the blocks whose placement costs least within a budget of bytes",
+        exact=True,
+        source="Chen et al., arXiv:1604.06174; the placement by dynamic programming",
+        formula="at most the budget: what the forward keeps and backward makes again",
+        options=CheckpointBudgetOptions,
+        module=_checkpoint_budget,
     ),
     Technique(
         name="optimizer_in_backward",
@@ -267,8 +312,8 @@ TECHNIQUES: dict[str, Technique] = _table(
         name="tiled_levels",
         summary="run the finest levels of a U-Net slab by slab, forward and backward, and the loss",
         exact=True,  # the untiled gradients, but for the order in which floats are summed
-        source="halos and two-pass norm statistics; Chan et al. 1983 for merging variances",
-        formula="a level: what `keep` names, one slab's insides, and the features at half its sides",
+        source="halos and two-pass norm statistics; variances merged after Chan et al. 1983",
+        formula="of a level: what keep names, one slab's insides, the features at half its sides",
         options=TiledLevelsOptions,
         module=tile_levels,
     ),
@@ -308,13 +353,15 @@ def parse_options(technique: Technique, mapping: Mapping[str, Any]) -> Any:
 
 
 def _as(kind: Any, value: Any, what: str) -> Any:
-    """Return ``value`` as ``kind``: bool, int, float, str, a Literal, tuple[x, ...] or x | None."""
+    """Return ``value`` as ``kind``: a plain type, Literal, tuple[x, ...] or x | str | None."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = (a for a in arguments if a is not type(None))
-        return _as(kind, value, what)
+        first, *others = (a for a in arguments if a is not type(None))
+        if isinstance(value, str) and str in others:  # int | str
+            return value
+        return _as(first, value, what)
     if origin is typing.Literal:
         if value in arguments:
             return value

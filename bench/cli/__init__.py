@@ -41,32 +41,40 @@ def _root(
 def _register() -> None:
     """Add every command, in the order of ``membench --help``."""
     from bench.cli.baseline import baseline
+    from bench.cli.calibrate import calibrate
     from bench.cli.check import check
     from bench.cli.compare import compare
     from bench.cli.doctor import doctor
     from bench.cli.explain import explain
+    from bench.cli.fidelity import fidelity
     from bench.cli.infer import infer
     from bench.cli.list import list_
     from bench.cli.parity import parity
+    from bench.cli.predict import predict
     from bench.cli.replay import replay
     from bench.cli.report import report
     from bench.cli.run import run
     from bench.cli.schema import schema
     from bench.cli.score import score
+    from bench.cli.trace import trace
     from bench.cli.train import train
 
     app.command()(run)
+    app.command()(predict)
     app.command()(report)
     app.command()(check)
     app.command()(baseline)
     app.command()(compare)
     app.command()(explain)
     app.command("list")(list_)
+    app.command()(trace)
     app.command()(replay)
     app.command()(infer)
     app.command()(parity)
     app.command()(score)
     app.add_typer(train)
+    app.command()(calibrate)
+    app.command()(fidelity)
     app.command()(doctor)
     app.command()(schema)
 

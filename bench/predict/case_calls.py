@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from bench.case import Case
-from bench.predict.predictor import trace_case_folded
+from bench.predict.folding_cases import repeated_steps, with_steps
+from bench.predict.predictor import trace_case
 
 __all__ = ["EveryOperator", "case_calls"]
 
@@ -17,6 +18,9 @@ _KNOWN = (
     *("aten.sum.", "aten.nansum.", "aten.mean.", "aten.prod."),
     *("aten.empty", "aten.detach.", "aten.alias.", "aten.lift"),
 )
+
+
+_PERIODS = 3  # of a loop: its first and last ones, and one between
 
 
 class EveryOperator:
@@ -35,19 +39,26 @@ class EveryOperator:
 def case_calls(case: Case, device_type: str) -> dict[str, Any]:
     """Return the distinct calls as JSON-ready data, in the order in which a step makes them.
 
+    Of a loop of equal steps a few are run: the others make the same calls.
     ``"convolutions"`` is a list of ConvolutionCall's data, ``"operators"`` of OperatorCall's.
     """
-    one_step = dataclasses.replace(case, steps=1)
-    trace, _, _ = trace_case_folded(one_step, device_type, EveryOperator())
+    trace, _ = trace_case(_shortened(case), device_type, EveryOperator())
     events = [event for event in trace.events if event[0] in ("convolution", "operator")]
     return {
         "convolutions": [
             call.to_dict() for call in _once(e[3] for e in events if e[0] == "convolution")
         ],
-        "operators": [
-            call._asdict() for call in _once(e[1] for e in events if e[0] == "operator")
-        ],
+        "operators": [call._asdict() for call in _once(e[1] for e in events if e[0] == "operator")],
     }
+
+
+def _shortened(case: Case) -> Case:
+    one_step = dataclasses.replace(case, steps=1)
+    repeated = repeated_steps(one_step)
+    if repeated is None:
+        return one_step
+    steps, period = repeated
+    return with_steps(one_step, min(steps, _PERIODS * period))
 
 
 def _once(calls: Any) -> list[Any]:

@@ -17,7 +17,12 @@ __all__ = ["asked_by_grad_scaler", "user_line"]
 _TORCH = str(Path(torch.__file__).parent)
 # Frames that are nobody's own code: the tracer's, generated ones, the wrapper of a checkpoint.
 _TRACER = str(Path(__file__).with_name("tracer.py"))
-_OURS = (__file__, _TRACER, memsave.checkpoint.__file__, "<")
+# What runs in the hooks of offloading and compression runs within somebody's operator.
+_HOOKS = tuple(
+    str(Path(memsave.checkpoint.__file__).with_name(name))
+    for name in ("offload", "compression", "saved_parameters")
+)
+_OURS = (__file__, _TRACER, memsave.checkpoint.__file__, *_HOOKS, "<")
 _ENGINE = str(Path(torch.__file__).parent / "autograd" / "graph.py")  # calls backward
 _RECOMPUTATION = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _GRAD_SCALER = str(Path(torch.__file__).parent / "amp" / "grad_scaler.py")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +31,9 @@ def make_timeline(trace: Trace, history: History, oom_event: int | None) -> Time
     if not trace.categories:
         return None
     held = _held_by_category(trace)
-    requested = np.sum(list(held.values()), axis=0, dtype=np.int64)
+    requested: _Array = np.sum(list(held.values()), axis=0, dtype=np.int64)
     ended = oom_event is not None
-    allocated, reserved = (np.zeros(0, np.int64),) * 2 if ended else np.array(history).T
+    allocated, reserved = np.array([] if ended else history, np.int64).reshape(-1, 2).T
     phases = [(str(event[1]), at) for at, event in enumerate(events) if event[0] == "phase"]
     heights = [requested] if ended else [allocated, requested]
     points = _points(heights, [at for _, at in phases], len(events))
@@ -83,11 +84,11 @@ def _points(heights: Sequence[_Array], phases: Sequence[int], count: int) -> _Ar
     """Return the numbers of the events that are kept, ascending."""
     kept = {0, count - 1}
     edges = sorted({0, *phases, count})
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in pairwise(edges):
         kept |= {begin, end - 1, *(begin + int(h[begin:end].argmax()) for h in heights)}
         stretches = max(1, round(_BUCKETS * (end - begin) / count))
         bounds = np.linspace(begin, end, stretches + 1).astype(int)
-        for first, last in zip(bounds, bounds[1:], strict=False):
+        for first, last in pairwise(bounds):
             if last > first:
                 stretch = heights[0][first:last]
                 kept |= {first + int(stretch.argmax()), first + int(stretch.argmin())}

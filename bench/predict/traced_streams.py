@@ -29,7 +29,7 @@ class TracedStreams:
     def copy_to_host(self, block: Tensor, buffer: HostBuffer) -> Ticket:
         """Copy nothing: a fake tensor has no values."""
 
-    def copy_to_device(self, buffer: HostBuffer, block: Tensor) -> Ticket:
+    def copy_to_device(self, buffer: HostBuffer, block: Tensor) -> Ticket:  # noqa: ARG002
         """Know the block for what it is, an activation."""
         self._tracer.categorise(iter((block,)), "activation")
 

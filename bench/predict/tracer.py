@@ -41,6 +41,8 @@ from bench.predict.call_notes import (
     operator_call,
     runs_without_cudnn,
 )
+from bench.predict.engine_adds import EngineAdds
+from bench.predict.fake_storages import forgetting_storages
 from bench.predict.library_calls import Direction
 from bench.predict.source_lines import asked_by_grad_scaler, user_line
 from bench.record import Category
@@ -118,6 +120,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._cublas_seen = False
         self._recording = True
         self.flops = FlopCount()
+        self._engine_adds = EngineAdds("cuda:0" if device_type == "cuda" else device_type)
 
     def __torch_dispatch__(
         self,
@@ -135,8 +138,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._recording:
             return func(*args, **(kwargs or {}))
         site = self._site(func)
+        func = self._engine_adds.operator(func, args)
         try:
-            result = func(*args, **(kwargs or {}))
+            with forgetting_storages(func, args):
+                result = func(*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             if func is _aten._local_scalar_dense.default and asked_by_grad_scaler():
                 return 0.0  # "no infinities found": the step is not skipped
@@ -247,6 +252,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if known is None:
             identity = self._alloc(size, site) if size else -1
             self._live[key] = (weakref.ref(storage, self._on_death(key)), identity, size)
+            self._engine_adds.made(key)
         elif known[2] != size:
             self._resize(key, size, site)
 
@@ -261,6 +267,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _on_death(self, key: int) -> Callable[[Any], None]:
         def dead(_: Any) -> None:
             known = self._live.pop(key, None)
+            self._engine_adds.forget(key)
             if known is not None and known[1] >= 0 and self._recording:
                 self.trace.events.append(("free", known[1]))
 

@@ -44,8 +44,8 @@ def main() -> None:
 def _predict(request: dict[str, Any], tracer: str) -> dict[str, Any]:
     from bench.case import Case
     from bench.predict.alloc_conf import parse_alloc_conf
-    from bench.predict.case_calls import case_calls
     from bench.predict.cards import Card
+    from bench.predict.case_calls import case_calls
     from bench.predict.predictor import predict
 
     # Where the asking process finds what it named; ours, such as this directory, come first.

@@ -9,6 +9,7 @@ one that asks. Where processes cannot be forked safely, this one serves a single
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -34,7 +35,11 @@ def main() -> None:
 
         load_shim(build_shim())
     import torch
+    import torch._dynamo  # which optimizers and checkpoints import in the midst of a step
 
+    import bench.pytest_plugin.child_run  # noqa: F401 - all of it, once for all tests
+
+    gc.freeze()  # what was imported stays: a test's collections need not go through it
     hello = {"tracer": tracer, "torch": torch.__version__}
     answer = _in_fork if sys.platform == "linux" else _here
     serve(hello, lambda request: answer(request, tracer))

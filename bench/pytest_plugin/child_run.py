@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import (
 from bench.environment import allocator_settings
 from bench.errors import MembenchError
 from bench.predict.alloc_conf import parse_alloc_conf
-from bench.predict.tracer import TraceError
+from bench.predict.cards import Card, find_card
+from bench.predict.tracer import Trace, TraceError
 from bench.pytest_plugin import memory_session
 from bench.pytest_plugin.fake_gpu import answer_for
 from bench.pytest_plugin.ledger import PredictedMeter
-from bench.pytest_plugin.tracing import TestTracer, tracing
+from bench.pytest_plugin.session import DEFAULT_CARD
+from bench.pytest_plugin.tracing import NO_GPU, tracing
 from bench.pytest_plugin.usage import Limit, read_limit
 from bench.record import Tracer as TracerName
 
@@ -30,18 +32,36 @@ __all__ = ["ChildRun"]
 
 # Options that choose other tests, that only one process may act on, or that write a file of the
 # asking run's.
-_PLAIN = {
-    **{"markexpr": "", "keyword": "", "deselect": None, "pyargs": False, "collectonly": False},
-    **{"lf": False, "failedfirst": False, "newfirst": False, "stepwise": False, "maxfail": 0},
-    **{"usepdb": False, "trace": False, "setuponly": False, "setupplan": False},
-    **{"numprocesses": None, "maxprocesses": None, "dist": "no", "tx": [], "looponfail": False},
-    **{"distload": False, "xmlpath": None, "log_file": os.devnull, "cov_source": []},
+_OFF = (
+    *("pyargs", "collectonly", "lf", "failedfirst", "newfirst", "stepwise", "usepdb", "trace"),
+    *("setuponly", "setupplan", "looponfail", "distload"),
+)
+_PLAIN: dict[str, Any] = {
+    "markexpr": "",
+    "keyword": "",
+    "deselect": None,
+    "maxfail": 0,
+    "numprocesses": None,
+    "maxprocesses": None,
+    "dist": "no",
+    "tx": [],
+    "xmlpath": None,
+    "log_file": os.devnull,
+    "cov_source": [],
     "no_cov": True,
+    **dict.fromkeys(_OFF, False),
 }
-_KEEP_CACHES = ("lfplugin", "nfplugin", "stepwiseplugin")
+# pytest's cache is the asking run's, and nobody reads what a terminal would show here.
+_NOT_HERE = ("lfplugin", "nfplugin", "stepwiseplugin", "terminalreporter")
 _TORCH = str(Path(torch.__file__).parent)
 _NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException, TraceError)
 _NO_VALUES_TEXTS = (".numpy() is not supported for tensor subclasses", "Cannot access data pointer")
+_NO_CUDA = (
+    NO_GPU,
+    "not linked with support for cuda",
+    "not compiled with CUDA",
+    "no NVIDIA driver",
+)
 
 
 class ChildRun:
@@ -54,6 +74,8 @@ class ChildRun:
         self._folder = folder
         self._config: pytest.Config | None = None
         self._refused: list[str] = []
+        # Conftest files may ask for a GPU as they are imported, before the options are known.
+        self._answer(find_card(DEFAULT_CARD), Trace())
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> Generator[None, object, object]:
@@ -68,8 +90,9 @@ class ChildRun:
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Leave pytest's cache to the asking run."""
-        for name in _KEEP_CACHES:
+        """Have a GPU before test files are imported; leave to the asking run what is its own."""
+        self._answer(memory_session(config).card(Limit()), Trace())
+        for name in _NOT_HERE:
             if config.pluginmanager.hasplugin(name):
                 config.pluginmanager.unregister(name=name)
 
@@ -81,13 +104,17 @@ class ChildRun:
             card = session.card(read_limit(item))
         except MembenchError:  # said when the test is set up
             card = session.card(Limit())
-        tracer = TestTracer("cpu" if self._tracer == "cpu" else "cuda")
+        with tracing("cpu" if self._tracer == "cpu" else "cuda") as tracer:
+            session.meter = self._answer(card, tracer.trace)
+            return (yield)
+
+    def _answer(self, card: Card, trace: Trace) -> PredictedMeter:
+        """Return the meter of ``trace`` on ``card``, and let torch.cuda answer by it."""
         settings = parse_alloc_conf(allocator_settings())
-        meter = session.meter = PredictedMeter(tracer, self._tracer, card, settings)
+        meter = PredictedMeter(trace, self._tracer, card, settings)
         if self._tracer != "cpu":
             answer_for(card, meter)
-        with tracing(tracer):
-            return (yield)
+        return meter
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
@@ -97,6 +124,8 @@ class ChildRun:
         report = yield
         if report.failed and call.excinfo is not None:
             found = _value_needed(call.excinfo.value)
+            if self._tracer == "cpu" and any(t in str(call.excinfo.value) for t in _NO_CUDA):
+                found = NO_GPU
             if found:
                 report.longrepr = found
         return report
@@ -111,14 +140,18 @@ class ChildRun:
         """Keep why the test's file cannot be collected here."""
         if report.failed:
             lines = report.longreprtext.strip().splitlines()
-            self._refused.append(lines[-1] if lines else "it cannot be collected")
+            last = lines[-1].removeprefix("E ").strip() if lines else "it cannot be collected"
+            self._refused.append(last)
+
+    def pytest_internalerror(self, excrepr: Any) -> None:
+        """Keep what went wrong outside of any test."""
+        lines = str(excrepr).strip().splitlines()
+        self._refused.append(lines[-1] if lines else "an internal error of pytest")
 
     def why_no_reports(self, code: int) -> str:
         """Say why the test did not run."""
         if self._refused:
-            return (
-                f"{self._test} cannot be collected where torch has a fake GPU: {self._refused[0]}"
-            )
+            return f"{self._test} cannot be run where torch has a fake GPU: {self._refused[0]}"
         return f"pytest ended with exit code {code} and did not run {self._test}"
 
 
@@ -129,7 +162,7 @@ def _value_needed(error: BaseException) -> str:
         text = str(seen)
         if isinstance(seen, _NO_VALUES) or any(known in text for known in _NO_VALUES_TEXTS):
             return (
-                f"{_own_line(seen.__traceback__ or error.__traceback__)}: this needs the value of "
+                f"{_own_line(error.__traceback__)}: this needs the value of "
                 "a tensor, and a predicted test has shapes without values; assert on values in a "
                 'test without limit_gpu_memory, or only if gpu_memory.evidence == "measured"'
             )

@@ -51,12 +51,12 @@ def _answers(card: Card, meter: PredictedMeter) -> dict[str, Callable[..., Any]]
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "init": _nothing,
-        "_lazy_init": _nothing,
+        "init": _nothing(),
+        "_lazy_init": _nothing(),
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "set_device": _nothing,
-        "synchronize": _nothing,
+        "set_device": _nothing(),
+        "synchronize": _nothing(),
         "get_device_name": lambda device=None: card.model,  # noqa: ARG005
         "get_device_capability": lambda device=None: (major, minor),  # noqa: ARG005
         "get_device_properties": lambda device=None: properties,  # noqa: ARG005
@@ -68,10 +68,11 @@ def _answers(card: Card, meter: PredictedMeter) -> dict[str, Callable[..., Any]]
         "max_memory_reserved": counter("reserved_bytes.all.peak"),
         "empty_cache": meter.empty_cache,
         "reset_peak_memory_stats": lambda device=None: meter.reset_peaks(),  # noqa: ARG005
-        "manual_seed": _nothing,
-        "manual_seed_all": _nothing,
+        "manual_seed": _nothing(),
+        "manual_seed_all": _nothing(),
     }
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    pass
+def _nothing() -> Callable[..., None]:
+    """Return a function of its own: torch's compiler has a rule for each, and refuses one twice."""
+    return lambda *_args, **_kwargs: None

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from bench.baseline import write_baseline
 from bench.check import CheckReport, check
 from bench.errors import MembenchError
-from bench.explain import AXES, AXIS_TITLES, NO_HOLDERS, growth_text, held_by, signed_bytes
+from bench.explain import AXES, AXIS_TITLES, NO_HOLDERS, growth_text, held_by
 from bench.figures import Figures, Origin
 from bench.pytest_plugin.usage import Usage
 from bench.record import SCHEMA_VERSION, Holder
 from bench.tolerance import Tolerance
 from bench.units import format_bytes
 
-__all__ = ["Baseline", "held_text", "judge", "update_baseline"]
+__all__ = ["Baseline", "figures_of_test", "held_text", "judge", "update_baseline"]
 
 SUITE = "pytest"
 _TOP = 5
@@ -58,12 +58,10 @@ def judge(usage: Usage, baseline: Baseline | None) -> tuple[Usage, str]:
     The first line says it; who holds the bytes and what grew follow.
     """
     reading = usage.reading
-    if reading.out_of_memory:
-        wrong = f"{reading.out_of_memory} ({usage.said})"
-    else:
-        wrong = usage.over_limit
+    full = reading.out_of_memory
+    wrong = f"{full} ({usage.said})" if full else usage.over_limit
     text = f"{wrong}\n{_held(usage)}" if wrong else ""
-    if baseline is None or reading.out_of_memory:
+    if baseline is None or full:
         return usage, text
     try:
         report = baseline.check(usage)
@@ -75,7 +73,7 @@ def judge(usage: Usage, baseline: Baseline | None) -> tuple[Usage, str]:
     case = report.cases[0]
     growth_bytes = case.pair.growth_bytes
     usage = dataclasses.replace(usage, compared=case.verdict, growth_bytes=growth_bytes)
-    if case.fails or (text and growth_bytes):
+    if case.fails or (text and (growth_bytes or 0) > 0):
         text = _both(text, _grown(report, usage, baseline))
     return usage, text
 
@@ -102,9 +100,6 @@ def figures_of_test(usage: Usage) -> Figures:
         process_bytes=reading.process_bytes,
         holders=reading.holders,
     )
-
-
-__all__ += ["figures_of_test"]
 
 
 def update_baseline(
@@ -157,7 +152,7 @@ def _grown(report: CheckReport, usage: Usage, baseline: Baseline) -> str:
     growth = case.pair.growth_bytes or 0
     sizes = [format_bytes(b) for b in (before.peak_allocated_bytes, _peak(usage))]
     headline = (
-        f"peak allocated grew by {signed_bytes(growth)}, {sizes[0]} -> {sizes[1]}, "
+        f"peak allocated grew by {format_bytes(growth)}, {sizes[0]} -> {sizes[1]}, "
         f"tolerance {baseline.tolerance.text} ({usage.said}; baseline {baseline.name})"
     )
     explained = case.pair.explain()

@@ -15,12 +15,11 @@ from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import Block, CachingAllocator, OutOfMemory
 from bench.predict.cards import Card
 from bench.predict.predictor import peak_holders
-from bench.predict.tracer import Trace, Tracer, releases_in_order
+from bench.predict.tracer import Trace, releases_in_order
 from bench.predict.workspaces import fill_workspaces
 from bench.pytest_plugin.meter import Window
 from bench.pytest_plugin.usage import Reading
-from bench.record import Evidence
-from bench.record import Tracer as TracerName
+from bench.record import Evidence, Tracer
 from bench.units import format_bytes
 
 __all__ = ["PredictedMeter"]
@@ -34,7 +33,7 @@ class _Span(Window):
 
 
 class PredictedMeter:
-    """The peaks that ``tracer``'s events so far would have given on ``card``.
+    """The peaks that the events of ``trace`` so far would have given on ``card``.
 
     Windows are exact, however they lie in one another. After an out-of-memory nothing more is
     counted: on the card the test would have ended there.
@@ -43,13 +42,13 @@ class PredictedMeter:
     evidence: Evidence = "predicted"
 
     def __init__(
-        self, tracer: Tracer, name: TracerName, card: Card, settings: AllocatorSettings
+        self, trace: Trace, tracer: Tracer, card: Card, settings: AllocatorSettings
     ) -> None:
-        self.tracer: TracerName = name
+        self.tracer: Tracer = tracer
         self.card = card.name
         self.out_of_memory = ""
         self._card = card
-        self._source = tracer
+        self._source = trace
         self._allocator = CachingAllocator(card.capacity_bytes, settings)
         self._live: dict[int, Block | None] = {}
         self._events: list[Any] = []  # those that were played
@@ -114,9 +113,9 @@ class PredictedMeter:
     def _play(self) -> None:
         """Bring the allocator to where the test is."""
         done = len(self._events)
-        if self.out_of_memory or done == len(self._source.trace.events):
+        if self.out_of_memory or done == len(self._source.events):
             return
-        for event in releases_in_order(self._source.trace.events[done:]):
+        for event in releases_in_order(self._source.events[done:]):
             self._events.append(event)
             try:
                 self._play_one(event)
@@ -161,7 +160,7 @@ class PredictedMeter:
         """Return who is alive once event ``at_event`` has run; a convolution's workspace too."""
         if at_event < 0:
             return ()
-        source = self._source.trace
+        source = self._source
         until = Trace(
             events=self._events[: at_event + 1], sites=source.sites, categories=source.categories
         )

@@ -36,9 +36,17 @@ class Window:
 class Meter(Protocol):
     """Reads peaks, of a GPU or of a simulated one."""
 
-    evidence: Evidence
-    tracer: Tracer | None
-    card: str
+    @property
+    def evidence(self) -> Evidence:
+        """Whether it measures or predicts."""
+
+    @property
+    def tracer(self) -> Tracer | None:
+        """How a prediction was traced; None for a measurement."""
+
+    @property
+    def card(self) -> str:
+        """The card that the figures are of."""
 
     def window(self) -> AbstractContextManager[Window]:
         """Keep peaks from here on until the ``with`` ends."""

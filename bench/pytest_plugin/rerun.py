@@ -40,16 +40,24 @@ class Rerunner:
                 self.close()
         if "reports" not in reply:
             return [_failed(item, reply["reason"])]
+        return [self._report(data) for data in reply["reports"]]
+
+    def _report(self, data: dict[str, Any]) -> pytest.TestReport:
         hook = self._config.hook
-        return [
-            hook.pytest_report_from_serializable(config=self._config, data=data)
-            for data in reply["reports"]
-        ]
+        report: pytest.TestReport = hook.pytest_report_from_serializable(
+            config=self._config, data=data
+        )
+        # JSON has no tuples, and plugins unpack these or ask whether they are.
+        report.location = tuple(data["location"])
+        report.user_properties = [(name, value) for name, value in data["user_properties"]]
+        if report.skipped and isinstance(report.longrepr, list):
+            report.longrepr = tuple(report.longrepr)
+        return report
 
     def close(self) -> None:
         """End the child process."""
         if self._child is not None:
-            self._child.close()
+            self._child.finish()
             self._child = None
 
     def _start(self) -> Child:

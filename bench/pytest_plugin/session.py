@@ -135,9 +135,10 @@ class MemorySession:
         try:
             limit = read_limit(item)
             self.card(limit)
+            return limit
         except MembenchError as error:
-            pytest.fail(str(error), pytrace=False)
-        return limit
+            wrong = str(error)
+        pytest.fail(wrong, pytrace=False)
 
     def need_meter(self) -> Meter:
         """Return the meter of this process: the child's own, or one of the GPU that is here."""
@@ -165,6 +166,10 @@ class MemorySession:
             finally:
                 usage = self._usage(item, limit, meter.read(window), ended)
                 item.stash[_USAGE] = usage
+                item.user_properties += [
+                    ("membench_peak_allocated_bytes", usage.reading.peak_allocated_bytes),
+                    ("membench_evidence", usage.evidence),
+                ]
         usage, wrong = judge(usage, self.baseline)
         item.stash[_USAGE] = usage
         if wrong:
@@ -198,12 +203,7 @@ class MemorySession:
         usage = item.stash.get(_USAGE, None)
         if report.when != "call" or usage is None:
             return
-        report.membench = usage.to_dict()
-        peak = usage.reading.peak_allocated_bytes
-        report.user_properties += [
-            ("membench_peak_allocated_bytes", peak),
-            ("membench_evidence", usage.evidence),
-        ]
+        report.__dict__["membench"] = usage.to_dict()  # what a report carries is sent with it
 
     def collect(self, report: pytest.TestReport) -> None:
         """Keep the usage that a report carries."""

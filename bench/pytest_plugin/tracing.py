@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bench.errors import MembenchError
 from bench.predict.owners import categorise_gradients, categorise_parameters, categorise_state
-from bench.predict.tracer import Tracer
+from bench.predict.tracer import Site, Tracer
 
-__all__ = ["TestTracer", "tracing"]
+__all__ = ["NO_GPU", "ModelTracer", "tracing"]
+
+NO_GPU = (
+    "this needs a GPU, and without a C++ compiler membench has no stand-in for one (see membench "
+    'doctor): install g++, or take "cuda" if torch.cuda.is_available() else "cpu" in the test'
+)
 
 
-class TestTracer(Tracer):
+class ModelTracer(Tracer):  # type: ignore[no-untyped-call]
     """A tracer that learns the models of a test from their first calls."""
-
-    __test__ = False  # for pytest, which would collect it by its name
 
     def __init__(self, device_type: str) -> None:
         super().__init__(device_type)
@@ -54,6 +58,12 @@ class TestTracer(Tracer):
             self._meet(module, args)
         super()._enter_module(module, args)
 
+    def _record_tensor(self, tensor: Tensor, site: Site) -> None:
+        # Made all the same, it would be counted by nobody, and any limit passed.
+        if self.device_type == "cpu" and tensor.device.type == "cuda":
+            raise MembenchError(NO_GPU)
+        super()._record_tensor(tensor, site)
+
     def _meet(self, model: nn.Module, args: Any) -> None:
         # Losses and single layers are called by themselves too, and keep the name of their type.
         names = {id(part): name for name, part in model.named_modules() if name}
@@ -65,12 +75,19 @@ class TestTracer(Tracer):
         self.categorise((a for a in given if not isinstance(a, nn.Parameter)), "input")
 
 
+class _FakeTensors(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Fake tensors that never touch a device, though torch.cuda says that there is one."""
+
+    avoid_device_init = True  # torch would ask torch.cuda.is_available()
+
+
 @contextmanager
-def tracing(tracer: TestTracer) -> Iterator[None]:
-    """Run what is within on fake tensors, under ``tracer``."""
+def tracing(device_type: str) -> Iterator[ModelTracer]:
+    """Run what is within on fake tensors, under the tracer that is given out."""
     with ExitStack() as within:
         # Tensors that were made before, as the module was imported, are real ones.
-        within.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        within.enter_context(_FakeTensors(allow_non_fake_inputs=True))
+        tracer = ModelTracer(device_type)
         within.enter_context(tracer.attributing())
         within.enter_context(_backward_told_to(tracer))
         stepped = register_optimizer_step_post_hook(
@@ -79,13 +96,13 @@ def tracing(tracer: TestTracer) -> Iterator[None]:
         within.callback(stepped.remove)
         within.enter_context(tracer)
         try:
-            yield
+            yield tracer
         finally:
             tracer.stop()
 
 
 @contextmanager
-def _backward_told_to(tracer: TestTracer) -> Iterator[None]:
+def _backward_told_to(tracer: ModelTracer) -> Iterator[None]:
     backward, swap = torch.autograd.backward, torch.utils.swap_tensors
 
     def told(*args: Any, **kwargs: Any) -> None:

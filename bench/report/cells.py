@@ -113,6 +113,7 @@ def cells(row: Row) -> dict[str, str]:
         "requested": _peak_text(record, record.peak_requested_bytes),
         "allocated": _peak_text(record, record.peak_allocated_bytes),
         "reserved": _peak_text(record, record.peak_reserved_bytes),
+        "host": size_text(record.peak_host_bytes),
         "recomputation": recomputation_text(record),
         "evidence": evidence_text(record),
     }
@@ -206,6 +207,8 @@ def notes(table: Table) -> list[str]:
     if parts:
         card = table.first.card
         lines.append(f"Not calibrated on {card}, so estimated: {', '.join(parts)}.")
+    if any(row.record.peak_host_bytes is not None for row in rows):
+        lines.append("host: pinned memory of the machine, beside the GPU's, that offloading took.")
     if table.first.evidence == "predicted":
         lines.append("Predicted figures come from a simulated run: no GPU was used.")
     return lines

@@ -18,6 +18,7 @@ from bench.report.cells import (
     size_text,
     step_time_text,
 )
+from bench.report.markup import MARKDOWN, Markup, escaped
 from bench.report.rows import Row, Section, Table
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ _ENVIRONMENT = {
 }
 
 
-def paper_grid(table: Table) -> pd.DataFrame:
+def paper_grid(table: Table, markup: Markup = MARKDOWN) -> pd.DataFrame:
     """Return the table as a paper has it: a row for each variant, a column for each shape."""
     import pandas as pd
 
@@ -68,9 +69,11 @@ def paper_grid(table: Table) -> pd.DataFrame:
         for row in section.rows:
             record = row.record
             name = f"{record.network} {record.variant}" if several else record.variant
-            line = columns.setdefault((record.network, record.variant), {"variant": escaped(name)})
+            line = columns.setdefault(
+                (record.network, record.variant), {"variant": markup.text(name)}
+            )
             line.setdefault("parameters", cells(row)["parameters"])
-            line[_column_title(section, table)] = _paper_cell(row)
+            line[markup.text(_column_title(section, table))] = _paper_cell(row, markup)
     return pd.DataFrame(list(columns.values())).fillna(NONE)
 
 
@@ -85,17 +88,19 @@ def _column_title(section: Section, table: Table) -> str:
     ]
     if len(shared) > 1:  # one shape, padded in one section and not in the other
         title = section_title(section, table)
-    return escaped(title.removeprefix(f"{record.network} "))
+    return title.removeprefix(f"{record.network} ")
 
 
-def _paper_cell(row: Row) -> str:
-    ours = f"**{escaped(figure_text(row))}**"
+def _paper_cell(row: Row, markup: Markup) -> str:
+    ours = markup.strong(figure_text(row))
     if row.ratio is not None:
-        ours += f", {escaped(ratio_text(row.ratio))}"
-    return ours if row.paper is None else f"{ours}<br>paper {escaped(row.paper.text)}"
+        ours += f", {markup.text(ratio_text(row.ratio))}"
+    if row.paper is None:
+        return ours
+    return markup.lines(ours, markup.text(f"paper {row.paper.text}"))
 
 
-def figures_grid(table: Table) -> pd.DataFrame:
+def figures_grid(table: Table, markup: Markup = MARKDOWN) -> pd.DataFrame:
     """Return every figure of every case."""
     import pandas as pd
 
@@ -110,7 +115,7 @@ def figures_grid(table: Table) -> pd.DataFrame:
             line["step FLOPs"] = flops_text(row.record.step_flops)
             line["recomputation"] = recomputation_text(row.record) if recomputes else NONE
             line["step time"] = step_time_text(row.record.step_times_s)
-            lines.append({name: escaped(text) for name, text in line.items()})
+            lines.append({name: markup.text(text) for name, text in line.items()})
     return telling(pd.DataFrame(lines))
 
 
@@ -119,7 +124,7 @@ def telling(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[:, (frame != NONE).any()]
 
 
-def parts_grid(table: Table) -> pd.DataFrame:
+def parts_grid(table: Table, markup: Markup = MARKDOWN) -> pd.DataFrame:
     """Return what the GPU memory of each case is made of, and which part is an estimate."""
     import pandas as pd
 
@@ -138,21 +143,21 @@ def parts_grid(table: Table) -> pd.DataFrame:
                 "GPU memory": figure_text(row),
                 "not calibrated": ", ".join(row.record.uncalibrated) or NONE,
             }
-            lines.append({name: escaped(text) for name, text in line.items()})
+            lines.append({name: markup.text(text) for name, text in line.items()})
     return telling(pd.DataFrame(lines))
 
 
-def environment_grid(table: Table) -> pd.DataFrame:
+def environment_grid(table: Table, markup: Markup = MARKDOWN) -> pd.DataFrame:
     """Return all that shaped the records; values that differ between them stand side by side."""
     import pandas as pd
 
     made_in = [row.record.environment for row in table.rows]
     lines = [
-        {"what": name, "value": escaped(_values_text(made_in, field))}
+        {"what": name, "value": markup.text(_values_text(made_in, field))}
         for name, field in _ENVIRONMENT.items()
     ]
     days = sorted({(made.started_at or NONE)[:10] for made in made_in})
-    lines.append({"what": "date", "value": escaped(", ".join(days))})
+    lines.append({"what": "date", "value": markup.text(", ".join(days))})
     return pd.DataFrame(lines)
 
 
@@ -178,11 +183,3 @@ def markdown_table(frame: pd.DataFrame, left: int) -> str:
         index=False, colalign=alignment[: len(frame.columns)], disable_numparse=True
     )
     return str(text)
-
-
-def escaped(text: str) -> str:
-    """Return text that stands in markdown, and in a cell of a table, as it is."""
-    one_line = " ".join(text.split())
-    for mark in "\\|*`[]":
-        one_line = one_line.replace(mark, f"\\{mark}")
-    return one_line.replace("<", "&lt;").replace(">", "&gt;")

@@ -29,7 +29,16 @@ from bench.report.results import suite_name
 from bench.report.rows import Table, make_tables
 from bench.report.scaling import compared_by_size, scaling_text
 
-__all__ = ["report_files", "write_files", "write_report", "write_reports"]
+__all__ = [
+    "UNFINISHED",
+    "commands",
+    "file_name",
+    "plot_names",
+    "report_files",
+    "write_files",
+    "write_report",
+    "write_reports",
+]
 
 _HEAD = "*Made by `membench report` from records. Do not edit: delete it and make it again.*"
 _PEAKS_NOTE = (
@@ -41,7 +50,7 @@ _PARTS_NOTE = (
     "part holds it: a GPU's allocator cannot tell the two apart."
 )
 _PLOTS: tuple[Literal["png", "svg"], ...] = ("png", "svg")
-_UNFINISHED = ("failed", "timeout", "skipped")
+UNFINISHED = ("failed", "timeout", "skipped")
 
 
 def write_report(records: Sequence[Record], folder: Path) -> Path:
@@ -66,7 +75,7 @@ def write_reports(
     reports = []
     for suite, records in by_suite.items():
         files.update(report_files(suite, records))
-        reports.append(folder / f"{_file_name(suite)}.md")
+        reports.append(folder / f"{file_name(suite)}.md")
     if papers:
         files["papers.md"] = _papers(by_suite).encode()
         reports.append(folder / "papers.md")
@@ -84,11 +93,11 @@ def report_files(suite: str, records: Sequence[Record]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     text = [f"# {escaped(suite)}", _HEAD]
     tables = make_tables(records)
-    for table, plot in zip(tables, _plot_names(suite, tables), strict=True):
+    for table, plot in zip(tables, plot_names(suite, tables), strict=True):
         for kind in _PLOTS:
             files[f"{plot}.{kind}"] = _picture(table, kind)
         text += _table_text(suite, table, plot)
-    files[f"{_file_name(suite)}.md"] = ("\n\n".join(text) + "\n").encode()
+    files[f"{file_name(suite)}.md"] = ("\n\n".join(text) + "\n").encode()
     return files
 
 
@@ -119,7 +128,7 @@ def _table_text(suite: str, table: Table, plot: str) -> list[str]:
         markdown_table(parts_grid(table), left=2),
         *_unfinished(table),
         "### Make it again",
-        "```sh\n" + "\n".join(_commands(suite, table)) + "\n```",
+        "```sh\n" + "\n".join(commands(suite, table)) + "\n```",
         "### Environment",
         markdown_table(environment_grid(table), left=2),
     ]
@@ -138,14 +147,14 @@ def _overview(table: Table) -> list[str]:
 def _unfinished(table: Table) -> list[str]:
     """Return why cases have no figures, and why others do not fit."""
     paragraphs = []
-    for heading, statuses in (("Not run to the end", _UNFINISHED), ("Does not fit", ("oom",))):
+    for heading, statuses in (("Not run to the end", UNFINISHED), ("Does not fit", ("oom",))):
         records = [row.record for row in table.rows if row.record.status in statuses]
         lines = [f"- `{r.case}`: {r.status}: {escaped(r.reason)}" for r in records]
         paragraphs += [f"### {heading}", "\n".join(lines)] if lines else []
     return paragraphs
 
 
-def _commands(suite: str, table: Table) -> list[str]:
+def commands(suite: str, table: Table) -> list[str]:
     """Return the commands that give these records again."""
     record = table.first
     command = f"membench run {shlex.quote(suite)}"
@@ -165,10 +174,10 @@ def _commands(suite: str, table: Table) -> list[str]:
 def _plot_name(suite: str, table: Table) -> str:
     record = table.first
     capped = f"-capped-to-{record.capped_to}" if record.capped_to else ""
-    return _file_name(f"{suite}.{record.card or 'card'}{capped}.{record.evidence}")
+    return file_name(f"{suite}.{record.card or 'card'}{capped}.{record.evidence}")
 
 
-def _plot_names(suite: str, tables: Sequence[Table]) -> list[str]:
+def plot_names(suite: str, tables: Sequence[Table]) -> list[str]:
     """Name the plots; those that would share a name, as of two versions of torch, are numbered."""
     names: list[str] = []
     for table in tables:
@@ -183,11 +192,11 @@ def _plot_names(suite: str, tables: Sequence[Table]) -> list[str]:
 def _papers(by_suite: Mapping[str, Sequence[Record]]) -> str:
     from bench.report.papers import papers_text
 
-    plots = {suite: _plot_names(suite, make_tables(records)) for suite, records in by_suite.items()}
+    plots = {suite: plot_names(suite, make_tables(records)) for suite, records in by_suite.items()}
     return papers_text(by_suite, plots, _HEAD)
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """Return a name that is a file's on every system and needs no quoting in a link."""
     return re.sub(r"[^A-Za-z0-9._+-]", "-", name)
 

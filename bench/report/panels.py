@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from textwrap import wrap
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,10 +14,11 @@ from bench.report.cells import table_title
 from bench.report.rows import Section, Table
 from bench.report.style import GRID_COLOUR
 
-__all__ = ["chosen_sections", "finish_panel", "panel_figure"]
+__all__ = ["chosen_sections", "finish_panel", "panel_figure", "shortened"]
 
 _PANEL_IN = (3.0, 2.15)
 _AROUND_IN = 0.9  # title, axis and legend
+_LETTERS_AN_INCH = 11  # of a bold title
 
 
 def chosen_sections(sections: Sequence[Section], most: int) -> list[Section]:
@@ -48,14 +50,28 @@ def panel_figure(
     panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axes in panels[count:]:
         axes.set_axis_off()
-    title = f"{what}\n{table_title(table)}"
+    lines = wrap(shortened(table_title(table), 300), int(size[0] * _LETTERS_AN_INCH))
+    title = "\n".join([what, *lines])
     figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=9)
     return figure, panels[:count]
 
 
+def shortened(text: str, most: int = 40) -> str:
+    """Return text of at most so many letters, its middle left out where it has more."""
+    if len(text) <= most:
+        return text
+    end = (most - 3) // 2
+    return f"{text[: most - 3 - end]}...{text[-end:]}"
+
+
 def finish_panel(axes: Axes, title: str) -> None:
     """Give a panel its title and its grid."""
-    axes.set_title(title, loc="left", fontsize=8, weight="bold")
+    axes.set_title(
+        "\n".join(shortened(line) for line in title.split("\n")),
+        loc="left",
+        fontsize=7.5,
+        weight="bold",
+    )
     axes.grid(color=GRID_COLOUR, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,6 +27,10 @@ _TIP = "tip:"
 _TIPPED = re.compile(f'<g id="{_TIP}([^"]*)">')
 _IDS = re.compile(r' id="([^"]*)"')
 _REFERENCES = re.compile(r'(?:url\(#|href="#)([^)"]+)')
+_TAG = re.compile(r"<[^<>]*>")
+_NAMESPACE = re.compile(r' xmlns(:\w+)?="[^"]*"')
+_COLOUR = re.compile(r"#[0-9a-fA-F]{6}\b")
+_VARIABLES = {colour.lower(): f"var({name})" for colour, name in PAGE_COLOURS.items()}
 _FONTS = "'DejaVu Sans', Verdana, sans-serif"  # Verdana is as wide as the font of the layout
 
 
@@ -51,14 +55,18 @@ def inline_svg(draw: Callable[[], Figure], number: int, label: str) -> str:
     with matplotlib.rc_context(rc):
         text = _saved(draw(), "svg", _DPI).decode()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    # Only inside of tags: what a reader sees may look like any of these.
+    text = _TAG.sub(lambda tag: _page_tag(tag[0]), text)
     text = _own_ids(text, f"f{number}-")
-    for colour, variable in PAGE_COLOURS.items():
-        text = re.sub(re.escape(colour), f"var({variable})", text, flags=re.IGNORECASE)
-    text = text.replace("'DejaVu Sans'", _FONTS)
     text = re.sub(r"\n\s*", "\n", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+
+def _page_tag(tag: str) -> str:
+    tag = _NAMESPACE.sub("", tag).replace("xlink:href", "href")
+    tag = _COLOUR.sub(lambda found: _VARIABLES.get(found[0].lower(), found[0]), tag)
+    return tag.replace("'DejaVu Sans'", _FONTS)
 
 
 def _saved(figure: Figure, kind: Kind, dpi: int) -> bytes:

@@ -6,6 +6,7 @@ Never matplotlib's global state, so that no display is needed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Literal
 
 from matplotlib.artist import Artist
@@ -16,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bench.report.cells import section_title, size_text, table_title
+from bench.report.panels import shortened
 from bench.report.parts import bar_parts
 from bench.report.picture_files import picture_bytes, tip
 from bench.report.rows import Row, Table
@@ -39,6 +41,7 @@ _AROUND_IN = 1.5  # title, axis and a legend of two lines
 _LEGEND_LINE_IN = 0.18
 _LEGEND_COLUMNS = 4
 _MOST_ROWS = 120  # a longer picture is no picture any more; the tables have the others
+_LETTERS = 72  # of a title's line, above the bars alone
 _UNFITTING = 0.55  # opacity of a case that does not fit the card
 _BAR_HEIGHT = 0.72
 _FAR = 4.0  # a card this many times the longest bar would squeeze the bars: not drawn
@@ -68,11 +71,12 @@ def draw_table(table: Table) -> Figure:
                 0.004, y, item, transform=axes.get_yaxis_transform(), va="center", weight="bold"
             )
     rows = [(y, item) for y, item in places if isinstance(item, Row)]
-    axes.set_yticks([y for y, _ in rows], [row.record.variant for _, row in rows])
+    axes.set_yticks([y for y, _ in rows], [shortened(row.record.variant) for _, row in rows])
     _finish(axes, table, places[-1][0] + 0.6)
     if legend:
-        place = "outside lower center"
-        figure.legend(handles=legend, loc=place, ncols=_LEGEND_COLUMNS, frameon=False)
+        figure.legend(
+            handles=legend, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False
+        )
     return figure
 
 
@@ -80,7 +84,7 @@ def _places(table: Table) -> Iterator[tuple[float, Row | str]]:
     """Yield (y, a section's title or a row) from the top down, in units of a row."""
     y, drawn, cases = 0.0, 0, len(table.rows)
     for section in table.sections:
-        yield y, section_title(section, table)
+        yield y, shortened(section_title(section, table), 90)
         for row in section.rows:
             y += 1.0
             if drawn == _MOST_ROWS:
@@ -138,7 +142,8 @@ def _finish(axes: Axes, table: Table, bottom: float) -> None:
         right = min(right, _FAR_OUT * max(card / GIB, _longest_gib(table, fitting=True)))
     axes.set_xlim(0, right * 1.03)
     axes.set_xlabel("GPU memory of the process, GiB")
-    axes.set_title(table_title(table), loc="left", weight="bold", fontsize=10)
+    title = "\n".join(wrap(shortened(table_title(table), 200), _LETTERS))
+    axes.set_title(title, loc="left", weight="bold", fontsize=10)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="x", color=GRID_COLOUR, linewidth=0.6)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bench.report.cells import NONE, STAR, shape_text, size_text
 from bench.report.grids import escaped, markdown_table
+from bench.report.markup import MARKDOWN, Markup
 from bench.report.rows import Table
 from bench.scaling import CARD_GIB, Series, largest_shape, make_series
 from bench.shapes import Shape
@@ -58,14 +59,14 @@ def compared_by_size(table: Table) -> bool:
     return any(len(series.points) >= MANY_SIZES for series in scaling_series(table))
 
 
-def scaling_grid(series: Sequence[Series]) -> pd.DataFrame:
+def scaling_grid(series: Sequence[Series], markup: Markup = MARKDOWN) -> pd.DataFrame:
     """Return a row for each series: its line, how far it misses, the largest input of each card."""
     import pandas as pd
 
-    return pd.DataFrame([_row(one) for one in series])
+    return pd.DataFrame([_row(one, markup) for one in series])
 
 
-def _row(series: Series) -> dict[str, str]:
+def _row(series: Series, markup: Markup) -> dict[str, str]:
     from memsave.networks import find_network
 
     record, line = series.record, series.line
@@ -77,11 +78,13 @@ def _row(series: Series) -> dict[str, str]:
         "fixed": size_text(max(0, round(line.fixed_bytes))),
         "off by up to": f"{line.worst:.1%}".replace("%", " %"),
     }
-    divisor = find_network(record.network).divisor(record.definition.get("network_options", {}))
+    options = record.definition.get("network_options", {})
+    ours = not record.definition.get("imported")  # what a network of the user's pools is not known
+    divisor = find_network(record.network).divisor(options) if ours else (1,) * len(record.shape)
     for card in CARD_GIB:
         largest = largest_shape(series, card * GIB, divisor)
         row[f"{card} GiB"] = _largest_text(series, largest)
-    return {name: escaped(text) for name, text in row.items()}
+    return {name: markup.text(text) for name, text in row.items()}
 
 
 def _largest_text(series: Series, largest: Shape | None) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench.report.cells import size_text
-from bench.report.panels import finish_panel, panel_figure
+from bench.report.panels import finish_panel, panel_figure, shortened
 from bench.report.picture_files import tip
 from bench.report.rows import Table
 from bench.report.scaling import side_text
@@ -103,7 +103,7 @@ def _label(series: Series) -> str:
     record = series.record
     batch = f", batch {record.batch_size}" if record.batch_size > 1 else ""
     precision = "" if record.precision == "fp32" else f", {record.precision}"
-    return f"{record.variant}{batch}{precision}"
+    return f"{shortened(record.variant)}{batch}{precision}"
 
 
 def _range_text(series: Series) -> str:

@@ -5,7 +5,7 @@ The colours are from the palette of Okabe and Ito, which colour-blind readers ca
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from bench.record import Evidence
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 HATCHES: dict[Evidence, str] = {"measured": "", "predicted": "////"}
-LINE_STYLES: dict[Evidence, str] = {"measured": "-", "predicted": "--"}
+LINE_STYLES: dict[Evidence, Literal["-", "--"]] = {"measured": "-", "predicted": "--"}
 
 # In the order in which they are stacked, from the axis: neighbours differ in lightness too, and
 # what no tensor holds is grey. None is near white or near black, so that each is seen on both.

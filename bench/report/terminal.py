@@ -34,6 +34,7 @@ _COLUMNS = {
     "allocated": 6,
     "reserved": 4,
     "requested": 1,
+    "host": 4,
     "recomputation": 10,
     "evidence": 3,
 }

@@ -42,15 +42,13 @@ def timeline_rows(table: Table) -> list[tuple[Row, Timeline, str]]:
     Of many cases those at the largest inputs are taken.
     """
     known = [s for s in table.sections if any(row.record.timeline for row in s.rows)]
-    count = 0
+    panels: list[tuple[Row, Timeline, str]] = []
     for most in range(1, len(known) + 1):
-        panels = [
-            panel for section in chosen_sections(known, most) for panel in _of(section, table)
-        ]
-        if len(panels) > MOST_PANELS:
+        more = [p for section in chosen_sections(known, most) for p in _of(section, table)]
+        if panels and len(more) > MOST_PANELS:
             break
-        count = most
-    return [p for s in chosen_sections(known, max(1, count)) for p in _of(s, table)][:MOST_PANELS]
+        panels = more
+    return panels[:MOST_PANELS]
 
 
 def _of(section: Section, table: Table) -> Iterator[tuple[Row, Timeline, str]]:

@@ -8,10 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from bench.report.cells import short_title
-from bench.report.panels import chosen_sections, finish_panel, panel_figure
+from bench.report.panels import chosen_sections, finish_panel, panel_figure, shortened
 from bench.report.picture_files import tip
 from bench.report.rows import Table
 from bench.report.style import LINE_STYLES, PAGE_COLOUR, TEXT_COLOUR, series_look
@@ -21,6 +21,7 @@ __all__ = ["MOST_PANELS", "draw_tradeoffs", "tradeoffs"]
 
 MOST_PANELS = 6
 _COLUMNS = 3
+_LARGEST = 3.0  # beyond this multiple of the baseline savings below 0 say little
 _MOST_VARIANTS = 30
 _AXIS = {
     "time": "time of a step, measured, x baseline",
@@ -49,10 +50,8 @@ def draw_tradeoffs(table: Table) -> Figure:
         _draw_panel(axes, tradeoff, looks)
         finish_panel(axes, short_title(tradeoff.section, table))
         axes.set_xlabel(_AXIS[tradeoff.cost], fontsize=7)
-    for axes in panels[::_COLUMNS]:
-        axes.set_ylabel("memory saved", fontsize=8)
     filled = table.first.evidence == "measured"
-    handles = [_marker(name, *looks[name], filled) for name in looks]
+    handles = [_marker(shortened(name), *looks[name], filled) for name in looks]
     style = LINE_STYLES[table.first.evidence]
     ring: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "markersize": 9}
     handles.append(Line2D([], [], color=TEXT_COLOUR, linestyle=style, label="Pareto front", **ring))
@@ -75,6 +74,7 @@ def _marker(label: str, colour: str, marker: str, filled: bool) -> Line2D:
 
 def _draw_panel(axes: Axes, tradeoff: Tradeoff, looks: dict[str, tuple[str, str]]) -> None:
     front = pareto_front(tradeoff.trades)
+    by_saving = max(trade.memory for trade in tradeoff.trades) <= _LARGEST
     for trade in tradeoff.trades:
         record = trade.row.record
         if record.variant not in looks:
@@ -82,32 +82,39 @@ def _draw_panel(axes: Axes, tradeoff: Tradeoff, looks: dict[str, tuple[str, str]
         colour, marker = looks[record.variant]
         axes.plot(
             trade.cost,
-            trade.saved,
+            trade.saved if by_saving else trade.memory,
             marker,
             color=colour,
             markerfacecolor=colour if record.evidence == "measured" else PAGE_COLOUR,
             markersize=6,
             gid=tip(
-                f"{record.variant}: {trade.saved:.1%} saved at {trade.cost:.2f} x "
+                f"{record.variant}: {trade.memory:.3g} x memory at {trade.cost:.3g} x "
                 f"{tradeoff.cost}{', on the Pareto front' if trade in front else ''}"
             ),
             zorder=3,
         )
     axes.margins(0.14)
-    _draw_front(axes, front)
+    if by_saving:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.set_ylabel("memory saved", fontsize=7)
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.invert_yaxis()  # up is better in every panel
+        axes.set_ylabel("memory, x baseline", fontsize=7)
+    _draw_front(axes, front, [trade.saved if by_saving else trade.memory for trade in front])
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
-def _draw_front(axes: Axes, front: Sequence[Trade]) -> None:
+def _draw_front(axes: Axes, front: Sequence[Trade], heights: Sequence[float]) -> None:
     """Ring the front's points, and draw it as steps: what lies below and right is beaten."""
     (_, right), (bottom, _) = axes.get_xlim(), axes.get_ylim()
     costs = [trade.cost for trade in front]
-    saved = [trade.saved for trade in front]
-    axes.plot(costs, saved, "o", color=TEXT_COLOUR, markerfacecolor="none", markersize=11)
+    axes.plot(costs, heights, "o", color=TEXT_COLOUR, markerfacecolor="none", markersize=11)
     axes.step(
         [costs[0], *costs, right],
-        [bottom, *saved, saved[-1]],
+        [bottom, *heights, heights[-1]],
         where="post",
         color=TEXT_COLOUR,
         linestyle=LINE_STYLES[front[0].row.record.evidence],

@@ -19,6 +19,8 @@ __all__ = ["Cost", "Trade", "Tradeoff", "make_tradeoff", "pareto_front"]
 
 Cost = Literal["time", "FLOPs"]
 
+_BLIND = frozenset({"offload", "compress_activations"})  # what they cost, FLOPs do not count
+
 
 @dataclass(frozen=True, slots=True)
 class Trade:
@@ -54,8 +56,7 @@ def make_tradeoff(section: Section) -> Tradeoff:
         if ratio is None:
             left_out.append((row.record.variant, "no memory to compare"))
         elif paid is None:
-            why = "no step was timed" if cost == "time" else "neither a time nor FLOPs"
-            left_out.append((row.record.variant, why))
+            left_out.append((row.record.variant, _why(row.record, cost)))
         else:
             trades.append(Trade(row, ratio.value, paid))
     return Tradeoff(section, cost, tuple(trades), tuple(left_out))
@@ -66,9 +67,21 @@ def _cost(row: Row, cost: Cost) -> float | None:
         return None
     if cost == "time":
         ours, theirs = _time_s(row.record), _time_s(row.baseline)
+    elif _blind(row.record) or _blind(row.baseline):
+        return None
     else:
         ours, theirs = row.record.step_flops, row.baseline.step_flops
     return ours / theirs if ours is not None and theirs else None
+
+
+def _why(record: Record, cost: Cost) -> str:
+    if cost == "time":
+        return "no step was timed"
+    return "moves or packs bytes, which no FLOP counts" if _blind(record) else "no FLOPs counted"
+
+
+def _blind(record: Record) -> bool:
+    return not _BLIND.isdisjoint(record.techniques)
 
 
 def _time_s(record: Record) -> float | None:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["AnySchedule", "Optioned", "ScheduleEntry", "Strict", "named"]
+from bench.imported import Imported
+
+__all__ = [
+    "AnyNetwork",
+    "AnySchedule",
+    "Optioned",
+    "ScheduleEntry",
+    "SomeNetwork",
+    "Strict",
+    "named",
+]
 
 
 def named(value: Any) -> Any:
@@ -39,4 +49,51 @@ class ScheduleEntry(Optioned):
 
 AnySchedule = Annotated[
     ScheduleEntry, BeforeValidator(named, json_schema_input_type=str | ScheduleEntry)
+]
+
+
+class SomeNetwork(Strict):
+    """A network: one of memsave's by name, or any other by where it can be imported from."""
+
+    name: str | None = Field(
+        default=None, description="One of memsave's; with import, what it is called in tables."
+    )
+    import_: str | None = Field(
+        default=None,
+        alias="import",
+        description="package.module:factory, or path/to/file.py:factory.",
+    )
+    arguments: dict[str, Any] = Field(default={}, description="What the factory is called with.")
+    in_channels: Annotated[int, Field(gt=0)] = Field(
+        default=1, description="Channels of the image that it is given."
+    )
+    classes: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Channels that its output must have; not checked if left out."
+    )
+    divisor: Annotated[int, Field(gt=0)] = Field(
+        default=1, description="What each side must be a multiple of; pad: true rounds up to it."
+    )
+
+    @model_validator(mode="after")
+    def _named_or_imported(self) -> SomeNetwork:
+        others = self.model_fields_set - {"name"}
+        if self.import_ is None and (others or self.name is None):
+            raise ValueError("'import' is missing: write import: package.module:factory")
+        return self
+
+    @property
+    def imported(self) -> Imported | None:
+        """Where it is imported from; None for one of memsave's."""
+        if self.import_ is None:
+            return None
+        return Imported(
+            reference=self.import_,
+            arguments=self.arguments,
+            in_channels=self.in_channels,
+            classes=self.classes,
+        )
+
+
+AnyNetwork = Annotated[
+    SomeNetwork, BeforeValidator(named, json_schema_input_type=str | SomeNetwork)
 ]

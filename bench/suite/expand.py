@@ -208,7 +208,8 @@ def _case(suite: SuiteFile, draft: Draft) -> Case:
         mode=draft.mode,
         batch_size=draft.batch,
         precision=draft.precision,
-        network_options=entry.options,
+        network_options={} if draft.row.imported else entry.options,
+        imported=draft.row.imported,
         techniques=tuple(TechniqueUse(name=t.name, options=t.options) for t in entry.techniques),
         loss=draft.row.loss,
         steps=training.steps,
@@ -216,7 +217,9 @@ def _case(suite: SuiteFile, draft: Draft) -> Case:
         optimizer_options=training.optimizer.options,
         schedule=training.schedule.name if training.schedule else None,
         schedule_options=training.schedule.options if training.schedule else {},
-        cudnn_benchmark=suite.cudnn_benchmark,
+        cudnn_benchmark=(
+            suite.cudnn_benchmark if entry.cudnn_benchmark is None else entry.cudnn_benchmark
+        ),
         time_limit_s=entry.time_limit_s or suite.time_limit_s,
         volumes=draft.requested.volumes,
         baseline=suite.baseline,
@@ -226,13 +229,14 @@ def _case(suite: SuiteFile, draft: Draft) -> Case:
 
 def _shape(row: Row, requested: Requested) -> Shape:
     shape = requested.sides
-    if len(shape) != row.spatial_dims:
+    divisor = row.divisor[: len(shape)] if row.imported else row.divisor
+    if row.spatial_dims and len(shape) != row.spatial_dims:
         raise SuiteError(
             f"{format_shape(shape)} has {len(shape)} sides, {row.network} takes {row.spatial_dims}"
         )
     if requested.limit is not None:
         shape = crop(shape, requested.limit)
     if requested.pad:
-        return pad_to(shape, row.divisor)
-    check_poolable(shape, row.divisor, row.network)
+        return pad_to(shape, divisor)
+    check_poolable(shape, divisor, row.network)
     return shape

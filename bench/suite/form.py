@@ -63,7 +63,7 @@ def _fields(place: tuple[int | str, ...]) -> list[str]:
         if isinstance(step, str) and models:
             kind = models[0].model_fields[step].annotation
     models = [k for k in _parts(kind) if isinstance(k, type) and issubclass(k, BaseModel)]
-    return list(models[0].model_fields)
+    return [field.alias or name for name, field in models[0].model_fields.items()]
 
 
 def _parts(kind: Any) -> Iterator[Any]:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import MembenchError, nearest
+from bench.imported import Imported, check_reference, is_reference, label
 from bench.shapes import Shape
 from bench.suite.document import Mistake, Place
+from bench.suite.entries import SomeNetwork
 from bench.suite.schema import AnyEntry, ScheduleEntry, SuiteFile, Training
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Row:
     spatial_dims: int
     divisor: Shape
     loss: str
+    imported: Imported | None = None  # then spatial_dims is 0: its images may have any number
 
 
 class _Wrong(Exception):
@@ -64,24 +67,30 @@ def find_rows(suite: SuiteFile) -> tuple[list[Row], list[Mistake]]:
     """Return the suite's rows, those of the matrix first, and the first mistake of each other."""
     rows: list[Row] = []
     mistakes: list[Mistake] = []
-    for place, network, entry in _entries(suite):
+    for place, some, entry in _entries(suite):
         try:
-            rows.append(_row(place, network, entry, suite.training))
+            rows.append(_row(place, some, entry, suite.training))
         except _Wrong as wrong:
             mistakes.append(wrong.mistake)
     return rows, mistakes
 
 
-def _entries(suite: SuiteFile) -> Iterator[tuple[Place, str, AnyEntry]]:
+def _entries(suite: SuiteFile) -> Iterator[tuple[Place, SomeNetwork, AnyEntry]]:
     for i, entry in enumerate(suite.matrix.networks if suite.matrix else ()):
-        yield ("matrix", "networks", i), entry.name, entry
+        network = entry.network or SomeNetwork(name=entry.name)
+        if entry.name and entry.network is not None:
+            network = network.model_copy(update={"name": entry.name})
+        yield ("matrix", "networks", i), network, entry
     for i, included in enumerate(suite.include):
         yield ("include", i), included.network, included
 
 
-def _row(place: Place, network: str, entry: AnyEntry, shared: Training) -> Row:
+def _row(place: Place, some: SomeNetwork, entry: AnyEntry, shared: Training) -> Row:
     from memsave.networks import NETWORKS
 
+    if some.imported is not None:
+        return _imported_row(place, some, some.imported, entry, shared)
+    network = some.name or ""
     key = "network" if place[0] == "include" else "name"
     _check_known((*place, key), "unknown network", network, NETWORKS)
     spec = NETWORKS[network]
@@ -92,6 +101,33 @@ def _row(place: Place, network: str, entry: AnyEntry, shared: Training) -> Row:
     loss = _loss(*_training(place, entry, shared), spec)
     built_with = _build(place, network, entry)
     return Row(place, network, entry, spec.spatial_dims, spec.divisor(built_with), loss)
+
+
+def _imported_row(
+    place: Place, some: SomeNetwork, imported: Imported, entry: AnyEntry, shared: Training
+) -> Row:
+    """Check all that can be known of a user's own network without running any of its code."""
+    from memsave.techniques import find_technique, parse_options
+
+    with _pointing((*place, "network", "import"), {}):
+        check_reference(imported.reference)
+    problem = "the arguments of a network of your own stand under network: {arguments: ...}"
+    _check_keys(place, entry.options, problem, type(entry).model_fields)
+    for i, use in enumerate(entry.techniques):
+        with _pointing((*place, "techniques", i), {**use.options, "name": use.name}):
+            parse_options(find_technique(use.name), use.options)
+    if entry.training is not None:
+        _check_training(entry.training, (*place, "training"))
+    _, training = _training(place, entry, shared)
+    return Row(
+        place=place,
+        network=some.name or label(imported.reference),
+        entry=entry,
+        spatial_dims=0,
+        divisor=(some.divisor,) * 3,
+        loss=training.loss or "sum",
+        imported=imported,
+    )
 
 
 def _training(place: Place, entry: AnyEntry, shared: Training) -> tuple[Place, Training]:
@@ -131,11 +167,18 @@ def _check_training(training: Training, place: Place) -> None:
     from bench.losses import LOSSES
     from bench.workload import OPTIMIZERS
 
-    if training.loss is not None:
-        _check_known((*place, "loss"), "unknown loss", training.loss, LOSSES)
+    if training.loss is not None and is_reference(training.loss):
+        with _pointing((*place, "loss"), {}):
+            check_reference(training.loss, "loss")
+    elif training.loss is not None:
+        _check_known((*place, "loss"), "unknown loss", training.loss, (*LOSSES, "sum"))
     if training.schedule is not None:
         _check_schedule(training.schedule, (*place, "schedule"))
     optimizer, place = training.optimizer, (*place, "optimizer")
+    if is_reference(optimizer.name):
+        with _pointing((*place, "name"), {}):
+            check_reference(optimizer.name, "optimizer")
+        return
     _check_known((*place, "name"), "unknown optimizer", optimizer.name, OPTIMIZERS)
     known = inspect.signature(OPTIMIZERS[optimizer.name][0]).parameters
     names = [name for name in known if name != "params"]
@@ -168,6 +211,9 @@ def _loss(place: Place, training: Training, spec: NetworkSpec) -> str:
 
     if training.loss is None:
         return spec.loss
+    if training.loss == "sum" or is_reference(training.loss):
+        text = f"loss {training.loss!r} is for networks of your own: give {spec.name} one by name"
+        raise _Wrong(Mistake((*place, "loss"), text))
     if training.loss not in LOSSES:  # said once, where the name stands
         return training.loss
     with _pointing((*place, "loss"), {}):

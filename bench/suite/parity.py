@@ -113,6 +113,8 @@ def _why_not(case: Case) -> str:
     """Return why a case cannot be trained on a labelled volume, nothing if it can."""
     from memsave.networks import find_network
 
+    if case.imported is not None:
+        return "is of a network of your own: only memsave's can be compared"
     spec = find_network(case.network)
     channels = case.network_options.get("in_channels", spec.in_channels)
     if case.mode != "train":

@@ -20,7 +20,15 @@ from pydantic import (
 from bench.case import Mode, PaperFigure, PaperTime, Precision
 from bench.errors import SuiteError
 from bench.shapes import Shape, parse_inplane, parse_shape
-from bench.suite.entries import AnySchedule, Optioned, ScheduleEntry, Strict, named
+from bench.suite.entries import (
+    AnyNetwork,
+    AnySchedule,
+    Optioned,
+    ScheduleEntry,
+    SomeNetwork,
+    Strict,
+    named,
+)
 from bench.suite.parity_schema import Parity
 
 __all__ = [
@@ -200,21 +208,35 @@ class AnyEntry(Optioned):
     techniques: list[AnyTechnique] = []
     training: Training | None = Field(default=None, description="Instead of the suite's.")
     time_limit_s: Seconds | None = Field(default=None, description="Instead of the suite's.")
+    cudnn_benchmark: bool | None = Field(default=None, description="Instead of the suite's.")
 
 
 class NetworkEntry(AnyEntry):
     """A row of the table. Keys that are not listed here are options of the network."""
 
-    name: str = Field(description="The network, by its name in memsave.")
+    name: str = Field(default="", description="The network, by its name in memsave.")
+    network: SomeNetwork | None = Field(
+        default=None, description="Instead of name: a network of your own, by its import."
+    )
     shapes: Annotated[list[AnyShape], Field(min_length=1)] | None = Field(
         default=None, description="Instead of the matrix's; without part in --volumes."
     )
+
+    @model_validator(mode="after")
+    def _some_network(self) -> NetworkEntry:
+        if not self.name and self.network is None:
+            raise ValueError("'name' is missing")
+        if self.network is not None and self.network.import_ is None:
+            raise ValueError("network: is for one of your own, with import:; name: is memsave's")
+        return self
 
 
 class IncludeEntry(AnyEntry):
     """A single case beside the matrix. Keys not listed here are options of the network."""
 
-    network: str = Field(description="The network, by its name in memsave.")
+    network: AnyNetwork = Field(
+        description="The network, by its name in memsave, or one of your own, by its import."
+    )
     shape: AnyShape
     paper: AnyFigure | None = Field(default=None, description="The paper's figure for this case.")
 

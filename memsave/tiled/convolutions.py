@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv3d_weight
 
 from memsave.errors import RefusedError
+from memsave.recomputing import computed_again
 
-__all__ = ["Convolutions"]
+__all__ = ["Convolutions", "as_parameter", "check_layers"]
 
 
 class Convolutions:
@@ -31,6 +33,7 @@ class Convolutions:
         self.layers = layers
         self.weights = [layer.weight.detach().to(dtype) for layer in layers]
         self.biases = [None if c.bias is None else c.bias.detach().to(dtype) for c in layers]
+        self._turned: dict[int, Tensor] = {}  # weights as backward needs them
         self.halo = sum(layer.kernel_size[2] // 2 for layer in layers)
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
@@ -43,13 +46,7 @@ class Convolutions:
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return the input's gradient from the result's, which has ``halo`` slices more."""
         for index in reversed(range(len(self.layers))):
-            layer, weight = self.layers[index], self.weights[index]
-            beside = layer.kernel_size[2] // 2
-            shape = list(gradient.shape)
-            shape[1], shape[-1] = layer.in_channels, shape[-1] - 2 * beside
-            gradient = torch.nn.grad.conv3d_input(  # type: ignore[no-untyped-call]
-                shape, weight, gradient, padding=_padding(layer, 2 * beside), groups=layer.groups
-            )
+            gradient = self._run_back(index, gradient, beyond=0)
         return gradient
 
     def add_weight_gradients(self, x: Tensor, gradient: Tensor) -> None:
@@ -58,26 +55,27 @@ class Convolutions:
         ``x`` has ``halo`` slices more on either side than ``gradient``.
         """
         inputs = [x]
-        for index in range(len(self.layers) - 1):
-            inputs.append(self._run(index, inputs[-1]))
+        with computed_again():
+            for index in range(len(self.layers) - 1):
+                inputs.append(self._run(index, inputs[-1]))
         for index in reversed(range(len(self.layers))):
             layer, weight, source = self.layers[index], self.weights[index], inputs.pop()
             if layer.weight.requires_grad:
-                of_weight = torch.nn.grad.conv3d_weight(  # type: ignore[no-untyped-call]
+                of_weight = conv3d_weight(  # type: ignore[no-untyped-call]
                     source, weight.shape, gradient, padding=_padding(layer, 0), groups=layer.groups
                 )
-                self._add(layer.weight, of_weight)
+                self._add(as_parameter(layer.weight), of_weight)
             if layer.bias is not None and layer.bias.requires_grad:
                 wide = torch.promote_types(gradient.dtype, torch.float32)
-                self._add(layer.bias, gradient.sum(dim=(0, 2, 3, 4), dtype=wide))
-            if index > 0:
-                gradient = torch.nn.grad.conv3d_input(  # type: ignore[no-untyped-call]
-                    source.shape, weight, gradient, padding=_padding(layer, 0), groups=layer.groups
-                )
+                self._add(as_parameter(layer.bias), gradient.sum(dim=(0, 2, 3, 4), dtype=wide))
+            if index > 0:  # all of the input's slices, the halo's included
+                gradient = self._run_back(index, gradient, beyond=layer.kernel_size[2] - 1)
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """Return the gradients added up so far, each of its parameter's type."""
-        return {p: gradient.to(p.dtype) for p, gradient in self._gradients.items()}
+        """Hand over the gradients added up, each of its parameter's type."""
+        found, self._gradients = self._gradients, {}  # a reference kept here would cost a copy
+        self._turned = {}
+        return {p: gradient.to(p.dtype) for p, gradient in found.items()}
 
     def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -90,6 +88,21 @@ class Convolutions:
         layer = self.layers[index]
         weight, bias = self.weights[index], self.biases[index]
         return F.conv3d(x, weight, bias, padding=_padding(layer, 0), groups=layer.groups)
+
+    def _run_back(self, index: int, gradient: Tensor, beyond: int) -> Tensor:
+        """Return a convolution's input gradient, itself a convolution with the weight turned."""
+        layer = self.layers[index]
+        if index not in self._turned:
+            self._turned[index] = _turned(self.weights[index], layer.groups)
+        weight, padding = self._turned[index], _padding(layer, beyond)
+        return F.conv3d(gradient, weight, padding=padding, groups=layer.groups)
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """Return the weight with its sides reversed, and inputs and outputs of a group exchanged."""
+    by_group = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    turned: Tensor = by_group.flatten(0, 1).flip((2, 3, 4)).contiguous()
+    return turned
 
 
 def _padding(layer: nn.Conv3d, last: int) -> tuple[int, int, int]:
@@ -119,3 +132,9 @@ def check_layers(layers: Sequence[nn.Conv3d]) -> None:
 def _shifted_before(layers: Sequence[nn.Conv3d], layer: nn.Conv3d) -> bool:
     before = layers[: list(layers).index(layer)]
     return any(earlier.bias is not None for earlier in before)
+
+
+def as_parameter(attribute: object) -> nn.Parameter:
+    """Return a module's attribute that is a parameter as one (torch's stubs say less)."""
+    assert isinstance(attribute, nn.Parameter)
+    return attribute

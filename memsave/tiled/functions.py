@@ -21,7 +21,11 @@ def run_encoder(level: Level, x: Tensor) -> Tensor:
 
 
 def run_decoder(
-    level: Level, low: Tensor, up_bias: nn.Parameter, tail: Tail, tail_parameters: list[nn.Parameter]
+    level: Level,
+    low: Tensor,
+    up_bias: nn.Parameter,
+    tail: Tail,
+    tail_parameters: list[nn.Parameter],
 ) -> Tensor:
     """Return the tail's result from the features below, which the bias is not yet added to."""
     parameters = [*_parameters(level.decoder), *tail_parameters]

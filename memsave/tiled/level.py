@@ -3,15 +3,16 @@
 Encoder: x -> stages -> s, pooled for the level below. Decoder: s + up(low) -> stages -> tail, which
 is the loss, or a 1-wide convolution. s is made again wherever it is read. Backward comes in two
 parts, as autograd's order has it: the decoder's must end before the level below can begin, whose
-gradient of the pooled features the encoder's needs. What joins them is ds, the gradient of s by the
-decoder, stored or made again from the first decoder stage's gradient.
+gradient of the pooled features the encoder's needs. What joins them is ds, the gradient of s by
+the decoder, stored or made again from the first decoder stage's gradient.
 
-Each norm costs a pass in forward (statistics) and one in backward (sums); ``memsave/tiled/norm.py``.
+Each norm costs a pass in forward, for its statistics, and one in backward, for its sums.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import torch
@@ -19,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memsave.errors import BackwardError
-from memsave.tiled.slabs import Read, Slabs, SlabStore
+from memsave.tiled.slabs import Arena, Read, Slabs, SlabStore
 from memsave.tiled.stage import Stage, split_stages
 
 __all__ = ["Keep", "Level", "LevelLayers", "Tail"]
 
-Keep = Literal["skip", "conv1", "conv2", "gradient", "skip_gradient"]
+Keep = Literal["skip", "conv1", "conv1_forward", "conv2", "gradient", "skip_gradient"]
 
 
 class Tail(Protocol):
@@ -87,6 +88,7 @@ class Level:
         self._pooled_gradient: Tensor | None = None
         self._skip_gradient: SlabStore | None = None
         self._tail: Tail | None = None
+        self._arena: Arena | None = None
         self._decoder_done = False
         samples = x.shape[0]
         self.encoder = self._stages(layers.encoder, self._image, samples)
@@ -98,7 +100,7 @@ class Level:
         for layers in split_stages(block):
             stages.append(Stage(layers, read, samples, self.slabs, self.dtype))
             read = stages[-1].output
-        for before, stage in zip(stages, stages[1:], strict=False):
+        for before, stage in pairwise(stages):
             before.read_output_gradient = stage.input_gradient
         return stages
 
@@ -107,7 +109,8 @@ class Level:
     def run_encoder(self) -> Tensor:
         """Return the pooled features, half of each side, whole."""
         for stage in self.encoder:
-            stage.run_forward(store=stage is self.encoder[-1] and "skip" in self._keep)
+            store = stage is self.encoder[-1] and "skip" in self._keep
+            stage.run_forward(SlabStore() if store else None)
             self._forget()
         assert self._x is not None
         samples, _, *sides = self._x.shape
@@ -121,8 +124,10 @@ class Level:
     def run_decoder(self, low: Tensor, tail: Tail) -> Tensor:
         """Return the tail's result; ``low`` is at half of each side, without the bias."""
         self._low = low
+        self._arena = self._make_arena(low)
         for number, stage in enumerate(self.decoder, start=1):
-            stage.run_forward(store=f"conv{number}" in self._keep)
+            store = not self._keep.isdisjoint((f"conv{number}", f"conv{number}_forward"))
+            stage.run_forward(SlabStore(self._arena) if store else None)
             self._forget()
         result = tail.run_forward(self._forgetting(self.decoder[-1].output), self.slabs)
         self._forget()
@@ -154,6 +159,8 @@ class Level:
             )
         self._decoder_done, self._tail = True, tail
         tail.start_backward(gradient)
+        if self._arena is not None:
+            self._arena.grow(self._stored_blocks()[1])
         self._last_stage_sums(tail)
         for stage, before in zip(self.decoder[:0:-1], self.decoder[-2::-1], strict=True):
             self._step_back(stage, before)
@@ -175,18 +182,22 @@ class Level:
     def _step_back(self, stage: Stage, before: Stage) -> None:
         """Weight gradients of a stage, and the norm's sums of the one before it, in one pass."""
         keep = "gradient" in self._keep and before in self.decoder
-        stored = SlabStore()
+        hand_over = keep and "conv1" not in self._keep
+        stored = SlabStore(self._arena)
         for start, stop in self.slabs:
-            dx = stage.add_weight_gradients(start, stop)
+            dx = stage.run_backward(start, stop)
             before.norm.observe_gradient(before.convolved(start, stop), dx)
             if keep:
                 stored.append(start, dx)
             if keep and stage.stored is not None:  # else what reads dx again needs it again
                 stage.stored.release_before(stop - stage.convolutions.halo)
+            if hand_over and before.stored is not None:  # the next slab's dc looks back twice
+                before.stored.release_before(stop - 2 * stage.convolutions.halo)
             self._forget()
         before.norm.settle_gradient()
         if keep:
             before.stored_gradient, stage.stored = stored, None
+            before.stored = None if hand_over else before.stored
             before.convert()
 
     def _into_the_skip(self, first: Stage) -> tuple[Tensor, Tensor]:
@@ -196,9 +207,9 @@ class Level:
         wide = torch.promote_types(self.dtype, torch.float32)
         d_bias = torch.zeros_like(self._up_bias, dtype=wide)
         if "skip_gradient" in self._keep:
-            self._skip_gradient = SlabStore()
+            self._skip_gradient = SlabStore(self._arena)
         for start, stop in self.slabs:
-            ds = first.add_weight_gradients(start, stop)
+            ds = first.run_backward(start, stop)
             d_low[..., start // 2 : stop // 2] = ds[:, :, ::2, ::2, ::2]
             d_bias += ds.sum(dim=(0, 2, 3, 4), dtype=wide)
             if self._skip_gradient is not None:
@@ -207,7 +218,7 @@ class Level:
                     first.stored_gradient.release_before(stop - first.convolutions.halo)
             self._forget()
         if self._skip_gradient is not None:
-            first.stored_gradient = None
+            first.release()
         if self._skip_gradient is not None or first.stored_gradient is not None:
             self._release_decoder()  # ds comes from what is stored: no more need of the rest
         return d_low, d_bias
@@ -232,10 +243,12 @@ class Level:
         for stage, before in zip(self.encoder[:0:-1], self.encoder[-2::-1], strict=True):
             self._step_back(stage, before)
         d_x = torch.empty_like(self._x) if input_gradient else None
+        first = self.encoder[0]
         for start, stop in self.slabs:
-            dx = self.encoder[0].add_weight_gradients(start, stop, input_gradient=input_gradient)
-            if d_x is not None:
-                d_x[..., start:stop] = dx
+            if d_x is None:
+                first.add_weight_gradients(start, stop)
+            else:
+                d_x[..., start:stop] = first.run_backward(start, stop)
             self._forget()
         self._release()
         return d_x
@@ -261,6 +274,35 @@ class Level:
 
     # -- memory -----------------------------------------------------------------------------
 
+    def _make_arena(self, low: Tensor) -> Arena | None:
+        """Return memory for the decoder's slabs, enough for what forward stores."""
+        if not self._keep - {"skip"}:
+            return None
+        thickness = max(stop - start for start, stop in self.slabs)
+        samples, _, height, width, _ = low.shape
+        shape = (samples, 2 * height, 2 * width, thickness)
+        arena = Arena(self.decoder[0].norm.channels, shape, low.new_empty(0, dtype=self.dtype))
+        arena.grow(self._stored_blocks()[0])
+        return arena
+
+    def _stored_blocks(self) -> tuple[int, int]:
+        """Return how many slabs of the first stage's channels lie stored: after forward, at most.
+
+        In backward: conv2's slabs go as the gradient's come, but for the first; then conv1's go;
+        then, but for the first, the gradient's as the skip's come.
+        """
+        slabs, channels = len(self.slabs), self.decoder[0].norm.channels
+        conv1, conv1_forward, conv2, gradient, skip = (
+            name in self._keep
+            for name in ("conv1", "conv1_forward", "conv2", "gradient", "skip_gradient")
+        )
+        of_conv2 = -(-self.decoder[-1].norm.channels // channels)
+        of_skip = -(-self.encoder[-1].norm.channels // channels)
+        forward = slabs * ((conv1 or conv1_forward) + of_conv2 * conv2)
+        sums = max(forward + 1, slabs * (conv1 + 1)) if gradient else 0
+        last = max(slabs, slabs * of_skip) + of_skip if gradient else forward + slabs * of_skip
+        return forward, max(forward, sums, last * skip)
+
     def _forget(self) -> None:
         for stage in (*self.encoder, *self.decoder):
             stage.forget()
@@ -284,7 +326,6 @@ class Level:
 
     def _release(self) -> None:
         self._release_decoder()
-        self._x = self._pooled_gradient = self._skip_gradient = None
+        self._x = self._pooled_gradient = self._skip_gradient = self._arena = None
         for stage in (*self.encoder, *self.decoder):
-            stage.stored = stage.stored_gradient = None
-            stage.forget()
+            stage.release()

@@ -49,7 +49,8 @@ def _dice_sums(logits: Tensor, target: Tensor) -> Tensor:
 
 def _dice(sums: Tensor) -> Tensor:
     overlap, p, g = sums.view(3, -1)[:, 1:]
-    return 1 - ((2 * overlap + _SMOOTH) / (p + g + _SMOOTH)).mean()
+    dice: Tensor = ((2 * overlap + _SMOOTH) / (p + g + _SMOOTH)).mean()
+    return 1 - dice
 
 
 def _cross_entropy_and_dice_sums(logits: Tensor, target: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ def _l2_dice(sums: Tensor) -> Tensor:
 
 def _one_hot(target: Tensor, classes: int) -> Tensor:
     indices = torch.arange(classes, device=target.device)
-    return target.unsqueeze(1) == indices.view(-1, *(1,) * (target.dim() - 1))
+    one_hot: Tensor = target.unsqueeze(1) == indices.view(-1, *(1,) * (target.dim() - 1))
+    return one_hot
 
 
 # name in a suite file -> the loss, as a function of sums

@@ -1,7 +1,7 @@
 """Norm and activation of a volume that is only ever seen slab by slab, both ways.
 
-A norm is local but for a few numbers a channel: the mean and variance of its input in forward, and
-in backward the means of dy and of dy * xhat. Both are sums over the volume, so a first pass over the
+A norm is local but for a few numbers a channel: the mean and variance of its input in forward, the
+means of dy and of dy * xhat in backward. Both are sums over the volume, so a first pass over the
 slabs adds them up, in float64, and a second one applies them to each slab by itself.
 """
 
@@ -16,17 +16,20 @@ from memsave.tiled.norm_rules import NormRule
 
 __all__ = ["SlabNorm"]
 
-_PART_ELEMENTS = 2**23  # a float32 temporary of the arithmetic holds 32 MiB, or one channel
+# Arithmetic in float32 works on some channels at a time: a temporary holds 32 MiB, or a quarter of
+# the slab's channels where that is more, so that large slabs do not come in very many parts.
+_PART_ELEMENTS = 2**23
+_PARTS = 4
 
 
 class SlabNorm:
     """One norm and activation in one training step: statistics first, then any slab.
 
-    The order of use: ``observe`` each slab of the input once, ``settle``, ``apply`` to slabs with or
-    without halo; in backward ``observe_gradient`` each slab once, ``settle_gradient``, ``gradient``.
+    The order of use: ``observe`` each slab of the input once, ``settle``, ``apply`` to any slices;
+    in backward ``observe_gradient`` each slab once, ``settle_gradient``, ``gradient``.
 
-    Memory: a few numbers a channel. While a slab is worked on, temporaries of up to 32 MiB beside
-        the result, and one or two slabs in the input's own type.
+    Memory: a few numbers a channel. While a slab is worked on, temporaries of a few channels
+        beside the result, and one or two slabs in the input's own type.
     Exact: mean and variance are merged from the slabs' (Chan et al.) in float64.
     """
 
@@ -34,8 +37,10 @@ class SlabNorm:
         self.rule, self.samples, self.channels = rule, samples, channels
         self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._count = 0  # values a sample and channel
-        self._mean, self._squares = 0.0, 0.0  # type: float | Tensor, float | Tensor
-        self._of_dy, self._of_dy_xhat = 0.0, 0.0  # type: float | Tensor, float | Tensor
+        self._mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+        self._of_dy: Tensor | float = 0.0
+        self._of_dy_xhat: Tensor | float = 0.0
         self._observed_gradient = 0
 
     # -- forward ----------------------------------------------------------------------------
@@ -112,7 +117,7 @@ class SlabNorm:
         for some in _parts(source):
             part = source[:, some] - _wide(self.mean[some])
             part.mul_(_wide(self._slope[some])).add_(_wide(self._offset[some]))
-            part.addcmul_(dy[:, some].to(part.dtype), _wide(self._gain[some]))
+            part.addcmul_(dy[:, some], _wide(self._gain[some]))
             result[:, some] = part
         if self.rule.activation_first:
             result = self.rule.activation_gradient(result, self._flat(x))
@@ -183,19 +188,19 @@ class SlabNorm:
         assert isinstance(norm.running_var, Tensor)
         assert isinstance(norm.num_batches_tracked, Tensor)
         norm.num_batches_tracked.add_(1)
-        share = norm.momentum
-        if share is None:
-            share = 1.0 / float(norm.num_batches_tracked)
+        momentum: float | None = getattr(norm, "momentum", None)
+        share = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
         values = self._count * self.samples
         unbiased = variance[: self.channels] * (values / max(1, values - 1))
-        running_mean.lerp_(mean[: self.channels].to(running_mean.dtype), float(share))
-        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), float(share))
+        running_mean.lerp_(mean[: self.channels].to(running_mean.dtype), share)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
 
 
 def _parts(flat: Tensor) -> Iterator[slice]:
     """Give a few channels at a time, so that a wide temporary of theirs stays small."""
-    step = max(1, _PART_ELEMENTS // max(1, flat[0, 0].numel()))
-    return (slice(first, first + step) for first in range(0, flat.shape[1], step))
+    channels = flat.shape[1]
+    step = max(1, _PART_ELEMENTS // max(1, flat[0, 0].numel()), -(-channels // _PARTS))
+    return (slice(first, first + step) for first in range(0, channels, step))
 
 
 def _moments(flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

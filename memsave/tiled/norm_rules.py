@@ -14,6 +14,7 @@ from memsave.errors import RefusedError
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_abn_sync import InPlaceABNSync
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
+from memsave.recompute_pairs import _Elsewhere as Elsewhere
 from memsave.recomputed_norm_act import RecomputedNormAct
 
 __all__ = ["NormRule", "norm_rule"]
@@ -85,6 +86,7 @@ def norm_rule(layer: nn.Module) -> NormRule:
         return NormRule(
             layer, kind, float(layer.activation_param), False, True, _groups(layer, layer)
         )
+    layer = _without_place_holder(layer)
     if isinstance(layer, RecomputedNormAct):
         pair, first = (layer.norm, layer.activation), layer.order == "act_norm"
     elif isinstance(layer, nn.Sequential) and len(layer) == 2:
@@ -97,6 +99,14 @@ def norm_rule(layer: nn.Module) -> NormRule:
         raise _refused(norm, layer)
     name, parameter = _activation(activation, layer)
     return NormRule(norm, name, parameter, first, False, _groups(norm, layer))
+
+
+def _without_place_holder(layer: nn.Module) -> nn.Module:
+    """Return the pair that ``recompute_pairs`` put into a sequence of norm and activation."""
+    children = list(layer.children()) if isinstance(layer, nn.Sequential) else []
+    pairs = [child for child in children if isinstance(child, RecomputedNormAct)]
+    rest = [child for child in children if not isinstance(child, RecomputedNormAct | Elsewhere)]
+    return pairs[0] if len(pairs) == 1 and not rest else layer
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -8,11 +8,13 @@ changes no value.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from memsave.tiled.convolutions import Convolutions
+from memsave.recomputing import computed_again
+from memsave.tiled.convolutions import Convolutions, as_parameter
 from memsave.tiled.norm import SlabNorm
 from memsave.tiled.norm_rules import norm_rule
 from memsave.tiled.slabs import Read, Slabs, SlabStore, padded
@@ -48,22 +50,22 @@ class Stage:
         self.stored: SlabStore | None = None  # c
         self.stored_gradient: SlabStore | None = None  # dz, and dc from ``convert`` on
         self._converted = False
+        self._was_computed = False  # whether all slabs of ``c`` have been there once
         self._last: tuple[int, int, Tensor] | None = None
 
     # -- forward ----------------------------------------------------------------------------
 
-    def run_forward(self, *, store: bool) -> None:
-        """Take the norm's statistics over all slabs; store ``c`` if told to."""
-        stored = SlabStore()
-        if store or not self.norm.rule.uses_running_statistics():
+    def run_forward(self, store: SlabStore | None = None) -> None:
+        """Take the norm's statistics over all slabs; put ``c`` into ``store`` if there is one."""
+        if store is not None or not self.norm.rule.uses_running_statistics():
             for start, stop in self.slabs:
                 c = self._compute(start, stop)
                 self.norm.observe(c)
-                if store:
-                    stored.append(start, c)
+                if store is not None:
+                    store.append(start, c)
+            self._was_computed = True
         self.norm.settle()
-        if store:
-            self.stored = stored
+        self.stored = store
 
     def convolved(self, start: int, stop: int) -> Tensor:
         """Return ``c``, stored or made again."""
@@ -71,7 +73,8 @@ class Stage:
             return self.stored.read(start, stop)
         if self._last is not None and self._last[0] <= start and stop <= self._last[1]:
             return self._last[2].narrow(-1, start - self._last[0], stop - start).contiguous()
-        c = self._compute(start, stop)
+        with computed_again() if self._was_computed else nullcontext():
+            c = self._compute(start, stop)
         self._last = (start, stop, c)
         return c
 
@@ -104,40 +107,52 @@ class Stage:
         if self.stored_gradient is not None:
             return self.stored_gradient.read(start, stop)
         assert self.read_output_gradient is not None
-        return self.read_output_gradient(start, stop)
+        with computed_again():  # the pass for the norm's sums has read it before
+            return self.read_output_gradient(start, stop)
 
     def input_gradient(self, start: int, stop: int) -> Tensor:
-        """Return ``dx``."""
-        dc = self._padded(self.convolved_gradient, start, stop)
-        return self.convolutions.input_gradient(dc)
+        """Return ``dx`` once more, where it was not stored."""
+        with computed_again():
+            dc = self._padded(self.convolved_gradient, start, stop)
+            return self.convolutions.input_gradient(dc)
 
-    def add_weight_gradients(
-        self, start: int, stop: int, *, input_gradient: bool = True
-    ) -> Tensor | None:
-        """Add what the slab gives to the weights' gradients; return ``dx`` of it if asked for."""
+    def add_weight_gradients(self, start: int, stop: int) -> Tensor:
+        """Add what the slab gives to the weights' gradients; return its ``dc``, with halo."""
         dc = self._padded(self.convolved_gradient, start, stop)
-        halo = self.convolutions.halo
-        owned = dc.narrow(-1, halo, stop - start).contiguous()
+        owned = dc.narrow(-1, self.convolutions.halo, stop - start).contiguous()
         self.convolutions.add_weight_gradients(self._padded(self.read, start, stop), owned)
-        return self.convolutions.input_gradient(dc) if input_gradient else None
+        return dc
+
+    def run_backward(self, start: int, stop: int) -> Tensor:
+        """Add what the slab gives to the weights' gradients, and return its ``dx``."""
+        return self.convolutions.input_gradient(self.add_weight_gradients(start, stop))
 
     def convert(self) -> None:
         """Overwrite the stored ``dz`` with ``dc``, giving back the stored ``c`` on the way."""
         if self.stored_gradient is None:
             return
         for start, stop in self.slabs:
-            dz = self.stored_gradient.read(start, stop)  # the stored slab itself, not a copy
-            dz.copy_(self.norm.gradient(self.convolved(start, stop), dz))
+            dz = self.stored_gradient.read(start, stop)
+            self.stored_gradient.write(start, self.norm.gradient(self.convolved(start, stop), dz))
             self.forget()
             if self.stored is not None:
                 self.stored.release_before(stop)
         self._converted, self.stored = True, None
 
+    def release(self) -> None:
+        """Give back all that is stored."""
+        for store in (self.stored, self.stored_gradient):
+            if store is not None:
+                store.clear()
+        self.stored = self.stored_gradient = None
+        self.forget()
+
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of convolutions and norm, in order."""
-        layers = [p for c in self.convolutions.layers for p in (c.weight, c.bias) if p is not None]
         rule = self.norm.rule
-        return [*layers, *(p for p in (rule.weight, rule.bias) if p is not None)]
+        found = [p for layer in self.convolutions.layers for p in (layer.weight, layer.bias)]
+        found += [rule.weight, rule.bias]
+        return [as_parameter(p) for p in found if p is not None]
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return the parameters' gradients."""

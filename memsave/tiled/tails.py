@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv3d_weight
 
 from memsave.errors import InputError
+from memsave.recomputing import computed_again
+from memsave.tiled.convolutions import as_parameter
 from memsave.tiled.losses import SummedLoss
 from memsave.tiled.slabs import Read, Slabs
 
-__all__ = ["ConvolutionTail", "LossTail", "Pointwise"]
+__all__ = ["ConvolutionTail", "LossTail", "Pointwise", "check_target"]
 
 
 class Pointwise:
@@ -21,8 +24,9 @@ class Pointwise:
 
     def __init__(self, layer: nn.Conv3d | nn.ConvTranspose3d, dtype: torch.dtype) -> None:
         self._transposed = isinstance(layer, nn.ConvTranspose3d)
-        self.parameter = layer.weight
-        self.bias_parameter = None if self._transposed else layer.bias
+        self.parameter = as_parameter(layer.weight)
+        has_bias = layer.bias is not None and not self._transposed
+        self.bias_parameter = as_parameter(layer.bias) if has_bias else None
         self.channels = layer.out_channels
         weight = layer.weight.detach().to(dtype)
         self.weight = weight.transpose(0, 1).contiguous() if self._transposed else weight
@@ -37,16 +41,13 @@ class Pointwise:
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient of ``z``."""
-        sides = gradient.shape[2:]
-        shape = (gradient.shape[0], self.weight.shape[1], *sides)
-        result: Tensor = torch.nn.grad.conv3d_input(shape, self.weight, gradient)  # type: ignore[no-untyped-call]
-        return result
+        return F.conv3d(gradient, self.weight.transpose(0, 1).contiguous())
 
     def add_gradients(self, z: Tensor, gradient: Tensor) -> None:
         """Add what a slab gives to the gradients of weight and bias, in float32."""
         wide = torch.promote_types(gradient.dtype, torch.float32)
         shape = self.weight.shape
-        of_weight = torch.nn.grad.conv3d_weight(z, shape, gradient)  # type: ignore[no-untyped-call]
+        of_weight = conv3d_weight(z, shape, gradient)  # type: ignore[no-untyped-call]
         of_bias = gradient.sum(dim=(0, 2, 3, 4), dtype=wide)
         if self._of_weight is None or self._of_bias is None:
             self._of_weight, self._of_bias = of_weight.to(wide), of_bias
@@ -55,15 +56,16 @@ class Pointwise:
             self._of_bias += of_bias
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
-        """Return the gradients added up, each of its parameter's type."""
-        assert self._of_weight is not None
-        assert self._of_bias is not None
-        of_weight = self._of_weight
+        """Hand over the gradients added up, each of its parameter's type."""
+        of_weight, of_bias = self._of_weight, self._of_bias
+        assert of_weight is not None
+        assert of_bias is not None
+        self._of_weight = self._of_bias = None  # a reference kept here would cost a copy
         if self._transposed:
             of_weight = of_weight.transpose(0, 1)
         found = {self.parameter: of_weight.to(self.parameter.dtype)}
         if self.bias_parameter is not None:
-            found[self.bias_parameter] = self._of_bias.to(self.bias_parameter.dtype)
+            found[self.bias_parameter] = of_bias.to(self.bias_parameter.dtype)
         return found
 
 
@@ -168,8 +170,10 @@ class LossTail:
 
     def _logits_gradient(self, read: Read, start: int, stop: int) -> Tensor:
         assert self._weights is not None
+        with computed_again():
+            logits = self._logits(read, start, stop)
         with torch.enable_grad():
-            logits = self._logits(read, start, stop).detach().requires_grad_()
+            logits = logits.requires_grad_()
             sums = self.loss.sums(logits, self._target(start, stop))
             weights = self._weights.to(sums.dtype)
             (gradient,) = torch.autograd.grad(sums, logits, weights)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench.case import Case, PaperFigure, PaperTime, TechniqueUse, known_fields
+from bench.imported import Imported
 from tests.bench.records import make_case
 
 FULL: dict[str, Any] = {
@@ -36,6 +37,15 @@ FULL: dict[str, Any] = {
     "paper_flops": 20_339_341_715,
     "baseline": "double_conv",
     "position": 5,
+    "imported": Imported(
+        reference="package.module:Net",
+        arguments={"width": 8},
+        in_channels=2,
+        classes=3,
+        inputs=("1x2x8x8x8:float16",),
+        target="1x8x8x8:int64",
+        pickled={"loss": "gA=="},
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -33,31 +34,101 @@ def python(name: str, code: str) -> Part:
     return Part(name, (sys.executable, "-c", code))
 
 
-def test_a_session_tests_then_measures_every_suite_then_predicts_them_for_that_card(
-    tree: Path,
-) -> None:
+def test_a_session_tests_calibrates_measures_predicts_both_ways_and_compares(tree: Path) -> None:
     parts = plan(Path("/r"), "h200-141gb", root=tree)
 
     assert [part.name for part in parts] == [
-        "tests",
-        "measure-table1",
-        "measure-table2",
-        "predict-table1",
-        "predict-table2",
+        *("tests", "calibrate", "measure-table1", "measure-table2"),
+        *("traces-table1", "traces-table2", "bench"),
+        *("predict-table1", "predict-shim-table1", "predict-table2", "predict-shim-table2"),
+        "fidelity",
     ]
+    by_name = {part.name: part for part in parts}
     run = (sys.executable, "-m", "bench", "run", "table1")
-    assert parts[1].command == (*run, "--device", "cuda", "--results", "/r")
-    assert parts[3].command == (
-        *(*run, "--device", "predict", "--card", "h200-141gb"),
-        *("--results", "/r"),
+    assert by_name["measure-table1"].command == (
+        *(*run, "--device", "cuda", "--results", "/r", "--resume"),
     )
-    assert parts[0].command[1:5] == ("-m", "pytest", "-m", "gpu")
+    predicted = (*run, "--device", "predict", "--card", "h200-141gb", "--resume", "--results")
+    assert by_name["predict-table1"].command == (*predicted, "/r")
+    assert by_name["predict-table1"].environment == (("MEMBENCH_CARDS", "/r/cards"),)
+    assert by_name["predict-shim-table1"].command == (*predicted, "/r.shim")
+    assert dict(by_name["predict-shim-table1"].environment)["MEMBENCH_TRACER"] == "cuda-shim"
+    assert by_name["calibrate"].command[-4:] == ("-o", "/r/cards", "--time-limit", "531")
+    assert by_name["fidelity"].command[-3:] == ("/r/h200-141gb", "--output", "/r/reports")
+    assert by_name["tests"].command[1:5] == ("-m", "pytest", "-m", "gpu")
+    assert "tests/benchmarks" in by_name["bench"].command
+
+
+def test_parts_are_run_one_by_one_and_the_archive_keeps_the_earlier_ones(
+    session: tuple[Path, list[str]],
+) -> None:
+    archive, arguments = session
+
+    assert main([*arguments, "--only", "second"]) == 1
+    assert main([*arguments, "--only", "first"]) == 0
+
+    with tarfile.open(archive) as tar:
+        member = tar.extractfile("logs/summary.json")
+        assert member is not None
+        summary = json.load(member)
+        assert {"logs/first.log", "logs/second.log"} <= set(tar.getnames())
+    assert [(o["name"], o["exit_code"]) for o in summary["outcomes"]] == [
+        ("second", 3),
+        ("first", 0),
+    ]
+
+
+def test_a_part_that_is_not_planned_is_misuse(
+    session: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*session[1], "--only", "frist"]) == 2
+    assert "no part is called 'frist' (did you mean 'first'?)" in capsys.readouterr().err
+
+
+def test_an_archive_of_another_card_is_not_gone_on_with(
+    session: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, arguments = session
+    main([*arguments, "--only", "second"])
+    other = dataclasses.replace(IDENTITY, card="a100-40gb")
+    monkeypatch.setattr(gpu_session, "gpu_identity", lambda: other)
+
+    main([*arguments, "--only", "first"])
+
+    with tarfile.open(archive) as tar:
+        assert "logs/second.log" not in tar.getnames()
+
+
+def test_a_file_that_is_no_archive_is_named(
+    session: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, arguments = session
+    archive.parent.mkdir()
+    archive.write_text("not an archive")
+
+    assert main(arguments) == 2
+    assert "is no archive of a session" in capsys.readouterr().err
+
+
+def test_each_part_has_a_limit_of_its_own_and_its_environment(
+    session: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, time; print(os.environ['WORD'], flush=True); time.sleep(60)"
+    part = Part("slow", (sys.executable, "-c", code), (("WORD", "said"),))
+    monkeypatch.setattr(gpu_session, "plan", lambda *_, **__: [part])
+
+    assert main([*session[1], "--part-limit", "1"]) == 1
+
+    with tarfile.open(session[0]) as tar:
+        log = tar.extractfile("logs/slow.log")
+        assert log is not None
+        assert log.read() == b"said\n"
 
 
 def test_the_kinds_of_parts_can_be_chosen(tree: Path) -> None:
     names = [part.name for part in plan(Path("/r"), "c", kinds=("predict",), root=tree)]
 
-    assert names == ["predict-table1", "predict-table2"]
+    assert names == [f"predict{shim}-{s}" for s in ("table1", "table2") for shim in ("", "-shim")]
 
 
 def test_suites_can_be_chosen_and_come_in_the_order_given(tree: Path) -> None:

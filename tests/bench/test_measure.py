@@ -20,6 +20,7 @@ from bench.measure import measure, memory_fraction
 from bench.record import Parts, Peaks
 from bench.units import GIB, MIB
 from bench.workload import build_workload
+from memsave.streams import PlainStreams, use_streams
 from tests.bench.fake_cuda import UUID, FakeCuda
 
 Script = Callable[[str], None]
@@ -163,6 +164,23 @@ def test_no_peak_is_read_while_the_gpu_is_still_working(cuda: FakeCuda, scripted
     measure(case(timed_steps=1), cuda)
 
     assert cuda.reads_while_busy == 0
+
+
+def test_host_bytes_are_the_peak_since_the_measurement_began(
+    cuda: FakeCuda, scripted: Scripted
+) -> None:
+    streams = PlainStreams()
+    with use_streams(streams):
+        streams.pinned(9 * MIB)  # taken and given back before
+
+        def take(phase: str) -> None:
+            if phase == "forward":
+                streams.pinned(3 * MIB)
+
+        scripted(take)
+        assert measure(case(), cuda)["peak_host_bytes"] == 3 * MIB
+        scripted(lambda _: None)
+        assert measure(case(), cuda)["peak_host_bytes"] is None
 
 
 def test_times_leave_out_the_warm_up_and_come_one_a_step(

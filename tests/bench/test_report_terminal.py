@@ -50,6 +50,14 @@ def test_a_narrow_terminal_keeps_what_tells_most() -> None:
     ]
 
 
+def test_host_bytes_have_a_column_where_a_case_took_some() -> None:
+    plain, moved = make_record(), make_record(variant="offload", peak_host_bytes=7 * GIB)
+    assert "host" not in shown([plain])
+    text = shown([plain, moved])
+    assert "7.0 GiB" in line_of(text, "offload")
+    assert "host: pinned memory" in text
+
+
 def test_rows_stand_under_their_shape() -> None:
     lines = [line.rstrip() for line in shown(make_table1()).splitlines()]
     padded = lines.index("256x256x234, run as 256x256x240")

@@ -104,9 +104,9 @@ def test_the_folded_trace_is_the_whole_one_event_by_event(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [None, 1, 7])
 def test_320_steps_folded_are_320_steps_run(every: int | None) -> None:
-    """320 is 45 x 7 and 5 over. The network of the paper's depth, narrow."""
+    """320 is 45 x 7 and 5 over."""
     techniques = () if every is None else steps_every(every)
-    case = lstm(320, techniques=techniques, side=16, widths=(2, 2, 2, 2, 2))
+    case = lstm(320, techniques=techniques, side=8, widths=(2, 2))
     assert_folds_exactly(case, trace_case(case, "cpu")[0])
 
 
@@ -219,8 +219,8 @@ def test_runs_are_a_period_apart_and_together_well_below_the_loop() -> None:
         (lstm(8, techniques=steps_every(8)), (8, 1)),
         (lstm(320, techniques=(TechniqueUse(name="checkpoint", options={"every": 2}),)), (320, 1)),
         (dataclasses.replace(lstm(320), network="fcn", network_options={}), None),
-        (lstm(320, techniques=NESTED), (320, 20)),
-        (lstm(20, techniques=(*NESTED, *steps_every(30))), (20, 5)),
+        (lstm(320, techniques=NESTED), (320, 16)),
+        (lstm(20, techniques=(*NESTED, *steps_every(30))), (20, 4)),
         (dataclasses.replace(lstm(320), network="no such network"), None),
         (lstm(320, techniques=steps_every(0)), None),
     ],
@@ -232,15 +232,15 @@ def test_a_recurrent_network_repeats_itself_by_checkpoints(
 
 
 def test_short_runs_keep_the_segments_of_the_whole_loop() -> None:
-    """16 segments of 20, or 20 of 16, keep as few states; 20 it is, in runs of 40 steps too."""
+    """16 segments of 20, or 20 of 16, keep as few states; 16 it is, in runs of 40 steps too."""
     (use,) = with_steps(lstm(320, techniques=NESTED), 40).techniques
-    assert use.options == {"nested": True, "segment": 20}
+    assert use.options == {"nested": True, "segment": 16}
     (use,) = with_steps(lstm(320, techniques=steps_every(4)), 40).techniques
     assert use.options == {"every": 4}
 
 
 def test_a_network_of_the_users_own_is_run_whole() -> None:
-    case = dataclasses.replace(lstm(320), imported=Imported(model="my_nets:Net"))
+    case = dataclasses.replace(lstm(320), imported=Imported(reference="my_nets:Net"))
     assert repeated_steps(case) is None
 
 

@@ -19,6 +19,7 @@ from torch.autograd.profiler import profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.case import Case, TechniqueUse
+from bench.predict.engine_adds import EngineAdds
 from bench.predict.predictor import trace_case
 from bench.predict.tracer import Event
 from bench.workload import build_workload
@@ -87,11 +88,23 @@ class Happened:
 
 
 class MarkingOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tell the profiler where each operator that the tracer would see begins and ends."""
+    """Tell the profiler where each operator that the tracer would see begins and ends.
+
+    Watched, autograd adds gradients up out of place, here as under the tracer. What it does
+    unwatched has a test of its own, ``test_engine_adds.py``; here the same rule is applied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.engine_adds = EngineAdds("cpu")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = self.engine_adds.operator(func, args)
         with record_function(f"operator {func}"):
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.engine_adds.made(result.untyped_storage()._cdata)
+        return result
 
 
 @contextmanager
@@ -116,7 +129,7 @@ def really(name: str, mark_operators: bool) -> list[Happened]:
 
     operators: Any = nullcontext()
     if mark_operators:
-        operators = MarkingOperators()  # type: ignore[no-untyped-call]
+        operators = MarkingOperators()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread's temporaries have no place in the order of events
     try:

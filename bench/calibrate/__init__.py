@@ -1,0 +1,1 @@
+"""A card measured: its context, and what libraries and kernels take beside their results."""
