@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bench.environment import allocator_settings
 from bench.errors import MembenchError
@@ -10,6 +10,10 @@ from bench.predict.alloc_conf import parse_alloc_conf
 from bench.predict.cards import Card
 from bench.predict.shim import choose_tracer, gpu_visible
 from bench.runner import Backend, usable_cores
+from bench.units import format_bytes
+
+if TYPE_CHECKING:
+    from bench.gpu import GpuIdentity
 
 __all__ = ["Device", "measured_backend", "predicted_backend", "use_cuda"]
 
@@ -53,20 +57,55 @@ def predicted_backend(card: Card) -> tuple[Backend, str]:
     return backend, why
 
 
-def measured_backend(emulated: Card | None = None) -> Backend:
+def measured_backend(emulated: Card | None = None, *, exclusive: bool = False) -> Backend:
     """Return how to measure on the GPU that is here, one fresh process a case.
 
-    With ``emulated``, the allocator may use no more than that card offers; the records stay
-    measured, under the real GPU's name, and say in ``capped_to`` which card it was.
+    With ``emulated``, the allocator may use no more than that card offers: its memory less its
+    context, in bytes. The records stay measured, under the real GPU's name, and say in
+    ``capped_to`` which card it was. To name the GPU's own card caps nothing. With ``exclusive``,
+    no other process may be on the GPU, neither now nor while a case runs.
+
+    Raises MembenchError when the card is larger than the GPU, and when ``exclusive`` is not so, or
+    NVML cannot tell.
     """
     from bench.gpu import gpu_identity
 
+    gpu = gpu_identity()
+    capped = emulated if emulated is not None and emulated.name != gpu.card else None
+    if capped is not None and capped.capacity_bytes > gpu.memory_bytes:
+        raise MembenchError(
+            f"--card {capped.name}: it offers {format_bytes(capped.capacity_bytes)}, and this GPU "
+            f"({gpu.name}) has {format_bytes(gpu.memory_bytes)}; choose a smaller card, or predict "
+            "for it with --device predict"
+        )
     return Backend(
         evidence="measured",
         module="bench.measure_worker",
-        card=gpu_identity().card,
+        card=gpu.card,
         workers=1,
         reuse=False,
-        request={"capacity_bytes": emulated.capacity_bytes} if emulated else {},
-        capped_to=emulated.name if emulated else None,
+        request={"capacity_bytes": capped.capacity_bytes} if capped else {},
+        capped_to=capped.name if capped else None,
+        exclusive=exclusive,
+        warning=_shared(gpu, exclusive),
     )
+
+
+def _shared(gpu: GpuIdentity, exclusive: bool) -> str:
+    """Return a warning when others are on the GPU, or raise when they must not be."""
+    occupants = gpu.occupants
+    if occupants is None or not occupants.known:
+        why = "; ".join(occupants.notes if occupants else ()) or "NVML says nothing"
+        if exclusive:
+            raise MembenchError(
+                f"--exclusive: cannot tell who else is on {gpu.name} ({why}); "
+                "pip install nvidia-ml-py, or run without --exclusive"
+            )
+        return f"cannot tell who else is on {gpu.name}: {why}"
+    others = occupants.describe()
+    if others and exclusive:
+        raise MembenchError(
+            f"--exclusive: {gpu.name} ({gpu.uuid}) is not ours alone: {others}; end them, choose "
+            "another GPU with CUDA_VISIBLE_DEVICES, or run without --exclusive"
+        )
+    return f"{gpu.name} is not ours alone: {others}" if others else ""

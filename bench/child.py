@@ -20,7 +20,7 @@ __all__ = ["Child", "ChildCrashError", "ChildTimeoutError"]
 
 _START_LIMIT_S = 300.0  # torch's import from a cold network disk
 _FINISH_LIMIT_S = 10.0
-_WAIT_S = 3600.0  # of one select, which refuses what a suite may set as its time limit
+_WAIT_S = 1.0  # of one select; then a look whether the child still lives
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,12 +35,14 @@ class ChildTimeoutError(MembenchError):
 class Child:
     """A process that runs ``python -m module`` and speaks ``bench.serve``'s protocol.
 
-    ``hello`` is what the child said of itself when it was ready.
+    ``hello`` is what the child said of itself when it was ready. It leads a process group of its
+    own, which ends with it: what a network starts (workers, a shell) may hold a GPU too.
     """
 
     def __init__(self, module: str, environment: dict[str, str] | None = None) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         self._unread = b""
+        self._closed = False
         path = os.pathsep.join(p for p in (str(_SOURCE_ROOT), os.environ.get("PYTHONPATH")) if p)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
@@ -55,6 +57,11 @@ class Child:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, as this process knows it."""
+        return self._process.pid
 
     def ask(self, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """Send one request and return its reply.
@@ -81,15 +88,22 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        """End the child, whatever it is doing."""
-        if self._process.poll() is None:
-            self._process.kill()
+        """End the child and all that it started, whatever they are doing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._end_group()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):  # bytes that a dead child won't read
                     stream.close()
         self._log.close()
+
+    def _end_group(self) -> None:
+        """Kill every process of the child's group: what it started may outlive it otherwise."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read_reply(self, limit_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -101,6 +115,8 @@ class Child:
                 self.close()
                 raise ChildTimeoutError(f"no answer within its time limit of {limit_s:g} s")
             if not select.select([descriptor], [], [], min(remaining, _WAIT_S))[0]:
+                if self._process.poll() is not None:  # what it forked keeps the pipe open
+                    raise self._crashed()
                 continue
             chunk = os.read(descriptor, 1 << 20)
             if not chunk:
@@ -111,7 +127,11 @@ class Child:
         return reply
 
     def _crashed(self) -> ChildCrashError:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(_FINISH_LIMIT_S)
+        except subprocess.TimeoutExpired:  # it has closed its replies and lives on
+            self.close()
+            return ChildCrashError("process closed the pipe of its replies and did not end")
         if code < 0:
             try:
                 how = f"killed by {signal.Signals(-code).name}"

@@ -45,7 +45,8 @@ class Cuda(Protocol):
 class TorchCuda:
     """The GPU that torch calls ``cuda:0``; CUDA_VISIBLE_DEVICES decides which that is.
 
-    Errors: MembenchError where torch finds no GPU.
+    Errors: MembenchError where torch finds no GPU, or finds one that it cannot use: lost, in
+    prohibited mode, or held by another process in exclusive mode.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,14 @@ class TorchCuda:
                 f"no CUDA GPU found: {_why_not()}; use --device predict to predict without one"
             )
         self._device = torch.device("cuda:0")
-        properties = torch.cuda.get_device_properties(self._device)
+        try:
+            properties = torch.cuda.get_device_properties(self._device)
+            torch.cuda.synchronize(self._device)  # makes the context, which a lost GPU refuses
+        except RuntimeError as error:
+            raise MembenchError(
+                f"the GPU cannot be used: {(str(error).strip().splitlines() or [''])[0]}; look at "
+                "nvidia-smi, or use --device predict"
+            ) from None
         self.name: str = properties.name
         self.total_bytes: int = properties.total_memory
         self.compute_capability = f"{properties.major}.{properties.minor}"

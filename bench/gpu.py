@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from bench.child import Child
 from bench.errors import MembenchError
+from bench.neighbours import Occupants
 
 __all__ = ["GpuIdentity", "gpu_identity"]
 
@@ -22,6 +23,7 @@ class GpuIdentity:
     uuid: str  # "GPU-..."
     memory_bytes: int  # as CUDA reports it
     card: str  # "h200-141gb"
+    occupants: Occupants | None = None  # who was on it before we came
 
 
 def gpu_identity() -> GpuIdentity:
@@ -38,9 +40,11 @@ def gpu_identity() -> GpuIdentity:
         child.close()
     if hello["gpu"] is None:
         raise MembenchError(hello["error"])
+    occupants = hello.get("occupants")
     return GpuIdentity(
         name=hello["gpu"],
         uuid=hello["gpu_uuid"],
         memory_bytes=hello["memory_bytes"],
         card=card_name_for_gpu(hello["gpu"], hello["memory_bytes"]),
+        occupants=None if occupants is None else Occupants.from_dict(occupants),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import nvml
 from bench.errors import MembenchError
+from bench.neighbours import Occupants, look
 from bench.serve import serve
 
 __all__ = ["main"]
@@ -22,18 +23,16 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 def main() -> None:
     """Say which GPU this is and what runs on it, then serve cases."""
     # Before CUDA is touched: afterwards the device's memory in use holds our own context.
-    used_before = {
-        device.uuid.lower(): nvml.device_used_bytes(device.uuid) for device in nvml.devices()
-    }
-    hello, handle = _prepare(used_before)
+    before = {nvml.bare_uuid(uuid): look(uuid) for uuid in nvml.uuids()}
+    hello, handle = _prepare(before)
     serve(hello, handle)
 
 
-def _prepare(used_before: dict[str, int | None]) -> tuple[dict[str, Any], Handler]:
+def _prepare(before: dict[str, Occupants]) -> tuple[dict[str, Any], Handler]:
     """Return the hello and the handler; without a GPU, both say that there is none.
 
     The hello's keys are the fields of ``bench.record.Environment``, and ``memory_bytes``,
-    ``compute_capability`` and ``error``.
+    ``compute_capability``, ``occupants`` (who was on the GPU before us) and ``error``.
     """
     import torch
 
@@ -44,6 +43,7 @@ def _prepare(used_before: dict[str, int | None]) -> tuple[dict[str, Any], Handle
         cuda = TorchCuda()
     except MembenchError as error:
         return {**hello, "error": str(error)}, _refuse(str(error))
+    occupants = before.get(nvml.bare_uuid(cuda.uuid)) or _unknown(cuda.uuid)
     cudnn_backend: Any = torch.backends.cudnn  # without types in torch 2.13
     cudnn = cudnn_backend.version()
     hello |= {
@@ -53,6 +53,7 @@ def _prepare(used_before: dict[str, int | None]) -> tuple[dict[str, Any], Handle
         "gpu_uuid": cuda.uuid,
         "memory_bytes": cuda.total_bytes,
         "compute_capability": cuda.compute_capability,
+        "occupants": occupants.to_dict(),
     }
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
@@ -63,12 +64,18 @@ def _prepare(used_before: dict[str, int | None]) -> tuple[dict[str, Any], Handle
             readings = measure(
                 Case.from_definition(request["case"]),
                 cuda,
-                used_before_bytes=used_before.get(cuda.uuid.lower()),
+                used_before_bytes=occupants.used_bytes,
                 capacity_bytes=request.get("capacity_bytes"),
             )
         return {**readings, **history}
 
     return hello, handle
+
+
+def _unknown(uuid: str) -> Occupants:
+    """Say why NVML has no figure of before; one of now would hold our own context."""
+    notes = look(uuid).notes or (f"NVML did not list GPU {uuid} before CUDA was touched",)
+    return Occupants(processes=None, used_bytes=None, notes=notes)
 
 
 def _history(path: str | None) -> AbstractContextManager[dict[str, int]]:

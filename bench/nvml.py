@@ -5,7 +5,8 @@ reading that cannot be had is None, never 0, and why goes into ``notes``: pass a
 gathers.
 
 Devices are found by UUID: NVML counts them by PCI bus, torch by speed unless CUDA_DEVICE_ORDER says
-otherwise. ``uuid`` is taken as torch writes it and as NVML does, with ``GPU-`` in front.
+otherwise. ``uuid`` is taken as torch writes it and as NVML does, with ``GPU-`` or ``MIG-`` in
+front. A slice of a GPU (MIG) is found as a GPU is. A GPU that is lost costs itself alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 __all__ = [
     "Device",
     "ProcessUse",
+    "bare_uuid",
     "best_process_bytes",
     "device_used_bytes",
     "devices",
@@ -28,6 +30,8 @@ __all__ = [
     "installed",
     "other_processes",
     "process_bytes",
+    "processes",
+    "uuids",
 ]
 
 
@@ -62,17 +66,25 @@ def devices(notes: list[str] | None = None) -> tuple[Device, ...]:
     """Return the GPUs that the driver lists, in NVML's order; empty when it lists none."""
     try:
         with _session() as nvml:
-            count = nvml.nvmlDeviceGetCount()
-            return tuple(_device(nvml, index) for index in range(count))
+            return tuple(_whole_gpus(nvml, notes))
     except _NotAvailable as error:
         _note(notes, f"GPUs: {error}")
+        return ()
+
+
+def uuids() -> tuple[str, ...]:
+    """Return the UUIDs of all that a case can run on: GPUs, and the slices (MIG) of each."""
+    try:
+        with _session() as nvml:
+            return tuple(uuid for uuid, _ in _handles(nvml, []))
+    except _NotAvailable:
         return ()
 
 
 def find_device(uuid: str, notes: list[str] | None = None) -> Device | None:
     """Return the GPU of that UUID."""
     for device in devices(notes):
-        if _same_uuid(device.uuid, uuid):
+        if bare_uuid(device.uuid) == bare_uuid(uuid):
             return device
     return None
 
@@ -135,6 +147,15 @@ def best_process_bytes(
     return used_bytes - used_before_bytes
 
 
+def processes(uuid: str, notes: list[str] | None = None) -> tuple[ProcessUse, ...] | None:
+    """Return all processes on the device that NVML lists; None when it lists none at all."""
+    try:
+        return _process_uses(uuid)
+    except _NotAvailable as error:
+        _note(notes, f"processes: {error}")
+        return None
+
+
 def other_processes(
     uuid: str, pid: int, notes: list[str] | None = None
 ) -> tuple[ProcessUse, ...] | None:
@@ -192,11 +213,47 @@ def _session() -> Iterator[Any]:
 
 
 def _handle(nvml: Any, uuid: str) -> Any:
-    for index in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        if _same_uuid(_text(nvml.nvmlDeviceGetUUID(handle)), uuid):
+    lost: list[str] = []
+    for found, handle in _handles(nvml, lost):
+        if bare_uuid(found) == bare_uuid(uuid):
             return handle
-    raise _NotAvailable(f"NVML lists no GPU {uuid}")
+    raise _NotAvailable("; ".join([f"NVML lists no GPU {uuid}", *lost]))
+
+
+def _handles(nvml: Any, lost: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (UUID, handle) of every GPU and every slice; why one cannot be had goes to ``lost``."""
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+            found = [(_text(nvml.nvmlDeviceGetUUID(gpu)), gpu)]
+        except nvml.NVMLError as error:
+            lost.append(f"GPU {index}: {error}")
+            continue
+        yield from (*found, *_slices(nvml, gpu))
+
+
+def _slices(nvml: Any, gpu: Any) -> Iterator[tuple[str, Any]]:
+    try:
+        count = nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)
+    except (nvml.NVMLError, AttributeError):  # no MIG on this GPU, or before its time
+        return
+    for index in range(count):
+        try:
+            handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index)
+            found = (_text(nvml.nvmlDeviceGetUUID(handle)), handle)
+        except nvml.NVMLError:  # a place where no slice is
+            continue
+        yield found
+
+
+def _whole_gpus(nvml: Any, notes: list[str] | None) -> Iterator[Device]:
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            device = _device(nvml, index)
+        except nvml.NVMLError as error:
+            _note(notes, f"GPUs: GPU {index}: NVML says: {error}")
+            continue
+        yield device
 
 
 def _device(nvml: Any, index: int) -> Device:
@@ -213,8 +270,9 @@ def _device(nvml: Any, index: int) -> Device:
     )
 
 
-def _same_uuid(one: str, other: str) -> bool:
-    return one.lower().removeprefix("gpu-") == other.lower().removeprefix("gpu-")
+def bare_uuid(uuid: str) -> str:
+    """Return a UUID in the one form that torch's and NVML's can be compared in."""
+    return uuid.lower().removeprefix("gpu-").removeprefix("mig-")
 
 
 def _text(value: str | bytes) -> str:

@@ -7,8 +7,8 @@ from bench.case import Case
 from bench.child import Child
 from bench.errors import MembenchError
 from bench.fidelity import card_of
+from bench.predict.step_trace import Trace
 from bench.predict.trace_data import decode_trace
-from bench.predict.tracer import Trace
 from bench.predict.workspaces import fill_workspaces
 from bench.record import Record
 

@@ -28,7 +28,7 @@ from bench.runner import make_record
 from bench.timeline import Timeline
 
 if TYPE_CHECKING:
-    from bench.predict.tracer import Trace
+    from bench.predict.step_trace import Trace
 
 __all__ = [
     "DEFAULT_CARD",

@@ -20,6 +20,7 @@ from typing import Any
 from bench.case import Case
 from bench.child import Child, ChildCrashError, ChildTimeoutError
 from bench.errors import MembenchError
+from bench.guard import Guard
 from bench.record import (
     Environment,
     Evidence,
@@ -57,6 +58,8 @@ class Backend:
     request: dict[str, Any] = field(default_factory=dict)  # sent with each case
     tracer: str | None = None
     capped_to: str | None = None
+    exclusive: bool = False  # a measured case fails when another process is on its GPU
+    warning: str = ""  # for whoever starts the run, "" when there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,11 +214,12 @@ def _children(backend: Backend) -> Iterator[_ChildSlot]:
 
 
 def _run_case(run: Run, case: Case, slot: _ChildSlot) -> Record:
-    environment = run.environment
+    environment, guard = run.environment, None
     try:
         child = slot.get()
         environment = _with_hello(environment, child.hello)
-        readings = child.ask(
+        guard = Guard(child, run.backend.exclusive)
+        readings = guard.refusal() or child.ask(
             {"case": case.to_definition(), **run.backend.request}, case.time_limit_s
         )
     except ChildTimeoutError as error:
@@ -226,6 +230,8 @@ def _run_case(run: Run, case: Case, slot: _ChildSlot) -> Record:
         readings = {"status": "failed", "reason": str(error)}
     if not run.backend.reuse:
         slot.finish()
+    if guard is not None:
+        readings = guard.judged(readings)
     return make_record(run.backend, case, readings, environment)
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.predict.allocator import round_size
+from bench.predict.step_trace import Site
+from bench.predict.step_trace import Trace as PredictedTrace
 from bench.predict.trace import Trace as RecordedTrace
-from bench.predict.tracer import Site
-from bench.predict.tracer import Trace as PredictedTrace
 
 __all__ = ["Alignment", "Parting", "align"]
 

@@ -24,6 +24,7 @@ from memsave.optimizer_in_backward import optimizer_in_backward
 from memsave.recompute_pairs import recompute_pair, recompute_pairs
 from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute, recompute
 from memsave.techniques import TECHNIQUES, Technique, find_technique
+from memsave.tiled import TiledFCN, TiledLevelsOptions, tile_levels
 
 __all__ = [
     "FCN",
@@ -42,6 +43,8 @@ __all__ = [
     "RecomputedNormAct",
     "RefusedError",
     "Technique",
+    "TiledFCN",
+    "TiledLevelsOptions",
     "UnknownNameError",
     "apply",
     "attach_recompute",
@@ -58,4 +61,5 @@ __all__ = [
     "recompute",
     "recompute_pair",
     "recompute_pairs",
+    "tile_levels",
 ]

@@ -61,8 +61,8 @@ def measure_blocks(
 
     Memory, Exact: bytes are those that autograd keeps, at the autocast, training mode and
         ``recompute`` scope of the call; nothing is allocated, no statistics and no random state
-        change. While backward runs a block, two tensors of its largest kept size are counted
-        besides, for gradients; convolution workspaces are not.
+        change. While backward runs a block, the gradient of its result and one more tensor of
+        its largest size are counted besides; convolution workspaces are not.
     Errors: OptionError for a block that does not run once in a forward.
     """
     watch = _Watch(model, names)
@@ -148,25 +148,32 @@ class _Watch:
                 f"each block must run once in a forward, got {', '.join(wrong)}: "
                 "name blocks that do, or use checkpoint_steps for a recurrent network"
             )
-        results = {k: size for seen in self.seen for k, size in seen.results.items()}
         base = dict(self.between)
         for seen in self.seen:
             base |= seen.inputs
-        if joined:
-            base = {key: size for key, size in base.items() if key not in results}
-        return BlockCosts(self.names, tuple(_block(s, base, joined) for s in self.seen),
-                          sum(base.values()))  # fmt: skip
+        blocks = tuple(_block(seen, base, joined) for seen in self.seen)
+        results = {key for seen in self.seen for key in seen.results}
+        between = sum(size for key, size in base.items() if key not in results)
+        return BlockCosts(self.names, blocks, between)
 
 
 def _block(seen: _Seen, base: Mapping[int, int], joined: bool) -> Block:
-    apart = {*base, *seen.inputs, *seen.results} if joined else {*base}
+    """Return the block; ``base`` is what others keep.
+
+    A result that nobody else keeps, as one that is only summed, has but its gradient.
+    """
+    apart = {*base, *(seen.results if joined else ()), *(seen.inputs if joined else ())}
     inside = {key: size for key, size in seen.saved.items() if key not in apart}
-    work = 2 * max((*seen.saved.values(), *seen.results.values()), default=0)
+    results = sum(seen.results.values())
+    held = results if joined else sum(s for key, s in seen.results.items() if key in base)
+    # A block may need its own result, as an activation does; others keep it no longer by then.
+    own = sum(size for key, size in seen.saved.items() if key in seen.results and key not in inside)
+    largest = max((*seen.saved.values(), *seen.results.values()), default=0)
     return Block(
         inside_bytes=sum(inside.values()),
-        result_bytes=sum(seen.results.values()) if joined else 0,
-        cost=seen.flops + sum(seen.results.values()),
-        work_bytes=work,
+        result_bytes=held,
+        cost=seen.flops + results,
+        work_bytes=largest + results - held + own,
     )
 
 

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from memsave.errors import InputError, OptionError
+from memsave.errors import InputError, OptionError, RefusedError
 
 __all__ = ["CheckpointedSequence", "checkpoint_block", "checkpoint_sequence", "checkpoint_steps"]
 
@@ -42,8 +42,14 @@ def checkpoint_block(module: nn.Module) -> nn.Module:
     Exact: results and gradients are the module's own: dropout draws the same masks, autocast is
         as it was, running statistics are updated once.
     Errors: InputError if the forward overwrites its own input, which could not be run again.
+        RefusedError for a module that ``checkpoint_selective`` has changed.
         RuntimeError from autograd, in backward, if somebody else has overwritten it since.
     """
+    if getattr(module, "recomputes_selectively", False):
+        raise RefusedError(
+            f"{type(module).__name__} recomputes its norms already: choose one of checkpoint and "
+            "checkpoint_selective for a block"
+        )
     if not isinstance(module, _Checkpointed):
         module.__class__ = _checkpointed_class(type(module))  # type: ignore[arg-type]
     return module

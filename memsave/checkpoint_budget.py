@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from memsave.block_costs import BlockCosts, measure_blocks
 from memsave.checkpoint import _Checkpointed, _in_order, _run, checkpoint_block
-from memsave.errors import OptionError
+from memsave.checkpoint_selective import _Selective
+from memsave.errors import OptionError, RefusedError
 from memsave.placement import Placement, Segment, least_peak, peak_of, place
 
-__all__ = ["budget_bytes", "check_budget", "checkpoint_budget", "plan_checkpoints"]
+__all__ = ["budget_bytes", "check_budget", "checkpoint_budget", "is_budgeted", "plan_checkpoints"]
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _KEPT_PLANS = 64  # input shapes whose placement is remembered
@@ -40,7 +41,8 @@ def checkpoint_budget(
         checkpoints change nothing there: parameters, their gradients, the optimizer's state, the
         inputs, the loss, convolution workspaces.
     Exact: as ``checkpoint_block``: results, gradients and statistics are the model's own.
-    Errors: OptionError for a budget that cannot be read, for a model without blocks, and at the
+    Errors: RefusedError for a model with checkpoints; OptionError for a budget that cannot be
+        read, for a model without blocks, and at the
         first forward where no placement is within the budget: it says how much is needed.
         InputError for a region that starts by overwriting its input, as ``checkpoint_block``.
 
@@ -52,7 +54,14 @@ def checkpoint_budget(
     """
     check_budget(budget, share)
     allowed = None if budget is None else budget_bytes(budget)
-    planner = _Planner(_blocks(model), allowed, share)
+    names = _blocks(model)
+    for part in (model, *(model.get_submodule(name) for name in names)):
+        if is_budgeted(part) or isinstance(part, _Checkpointed | _Selective):
+            raise RefusedError(
+                f"{type(part).__name__} is checkpointed already: a budget decides by itself what "
+                "is recomputed, so leave the other out"
+            )
+    planner = _Planner(names, allowed, share)
     if isinstance(model, nn.Sequential) and not hasattr(model, "checkpointable_blocks"):
         made: Any = _budgeted_class(type(model))  # type: ignore[arg-type]
         model.__class__ = made
@@ -109,6 +118,12 @@ def check_budget(budget: str | int | None, share: float | None) -> None:
             raise OptionError(f"give budget or share, not both: got {budget!r} and {share}")
     if share is not None and not 0 < share <= 1:
         raise OptionError(f"share must be more than 0 and at most 1, got {share}")
+
+
+def is_budgeted(model: nn.Module) -> bool:
+    """Return whether ``checkpoint_budget`` has been called for ``model``."""
+    hooked = any(isinstance(hook, _Planner) for hook in model._forward_pre_hooks.values())
+    return hooked or isinstance(model, _Budgeted)
 
 
 class _Planner:
@@ -191,8 +206,6 @@ def _restore(plain: type[nn.Module]) -> nn.Module:
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:
-    if isinstance(model, _Budgeted):
-        raise OptionError("this sequence has a budget already: give it one")
     if hasattr(model, "checkpointable_blocks"):
         named: Any = model
         names: tuple[str, ...] = named.checkpointable_blocks()

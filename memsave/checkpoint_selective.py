@@ -69,6 +69,8 @@ def checkpoint_selective(module: nn.Module) -> nn.Module:
 class _Selective(nn.Module):
     """The part of the module's class that is ours; the other is its own class."""
 
+    recomputes_selectively = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _run(super().forward, [self], args, kwargs, _selective_contexts)
 

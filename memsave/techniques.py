@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from memsave.checkpoint import checkpoint_block
-from memsave.checkpoint_budget import checkpoint_budget
+from memsave.checkpoint_budget import checkpoint_budget, is_budgeted
 from memsave.checkpoint_options import (
     CheckpointBudgetOptions,
     CheckpointOptions,
@@ -27,7 +27,7 @@ from memsave.checkpoint_options import (
 )
 from memsave.checkpoint_selective import checkpoint_selective
 from memsave.compression import CompressionOptions, check_compressible, compress_activations
-from memsave.errors import OptionError, UnknownNameError
+from memsave.errors import OptionError, RefusedError, UnknownNameError
 from memsave.mixed_precision import Precision
 from memsave.offload import OffloadOptions, offload
 from memsave.optimizer_in_backward import optimizer_in_backward
@@ -102,10 +102,13 @@ class Technique:
 
     name: str  # the key in a suite
     summary: str
-    exact: bool  # True: gradients equal those of the same network without it, bit for bit
+    # True: gradients equal those of the same network without it, bit for bit; where ``rounding``
+    # says so, but for the order in which floats are summed. Nothing is approximated.
+    exact: bool
     source: str
     formula: str = ""  # what is kept for backward, in bytes
     within: str = ""  # where not exact: what the error is bounded by
+    rounding: str = ""  # where exact, but not bit for bit: which sums are taken in another order
     options: type = NoOptions
     precisions: tuple[Precision, ...] = get_args(Precision)  # those that it can be used at
     build: Callable[[Mapping[str, Any], Any], dict[str, Any]] = _same_network_options
@@ -125,6 +128,11 @@ def _each_block(
     change: Callable[[nn.Module], nn.Module],
 ) -> Callable[[nn.Module, CheckpointOptions], nn.Module]:
     def change_blocks(model: nn.Module, options: CheckpointOptions) -> nn.Module:
+        if is_budgeted(model):
+            raise RefusedError(
+                "checkpoint_budget decides by itself which blocks are recomputed: name no other "
+                "technique of checkpoints beside it"
+            )
         names = _checkpointable(model)
         for name in options.blocks:
             if name not in names:
@@ -311,7 +319,8 @@ TECHNIQUES: dict[str, Technique] = _table(
     Technique(
         name="tiled_levels",
         summary="run the finest levels of a U-Net slab by slab, forward and backward, and the loss",
-        exact=True,  # the untiled gradients, but for the order in which floats are summed
+        exact=True,
+        rounding="sums over voxels: norm statistics, weight gradients and the loss, slab by slab",
         source="halos and two-pass norm statistics; variances merged after Chan et al. 1983",
         formula="of a level: what keep names, one slab's insides, the features at half its sides",
         options=TiledLevelsOptions,

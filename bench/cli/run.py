@@ -50,6 +50,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished cases, run the others.")
     ] = False,
+    exclusive: Annotated[
+        bool,
+        typer.Option("--exclusive", help="Measure only while no other process is on the GPU."),
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON record a line, nothing else.")
     ] = False,

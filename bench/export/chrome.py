@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any, get_args
 
 from bench.export.recording import Entry, Recording
-from bench.predict.tracer import Trace
+from bench.predict.step_trace import Trace
 from bench.record import Category
 
 __all__ = ["chrome_trace"]

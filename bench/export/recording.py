@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import Block, CachingAllocator, OutOfMemory
 from bench.predict.allocator.blocks import Pool
-from bench.predict.tracer import Trace
+from bench.predict.step_trace import Trace
 
 __all__ = ["Action", "Entry", "Recording", "record_run"]
 

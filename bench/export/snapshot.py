@@ -17,7 +17,7 @@ from typing import Any
 from bench.export.recording import Entry, Recording
 from bench.predict.alloc_conf import ROUNDUP_INTERVALS, AllocatorSettings
 from bench.predict.allocator.blocks import DEFAULT_POOL, LIVE, UNMAPPED, Block
-from bench.predict.tracer import Trace
+from bench.predict.step_trace import Trace
 
 __all__ = ["Frame", "snapshot"]
 

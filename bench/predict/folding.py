@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from bench.flops import Flops
 from bench.predict.folding_periods import Insertion, insertions, lengthen
 from bench.predict.folding_tokens import Tokens, TokenTable
-from bench.predict.tracer import Trace
+from bench.predict.step_trace import Trace
 
 __all__ = ["NOT_FOLDED", "Folded", "fold_trace", "run_lengths"]
 

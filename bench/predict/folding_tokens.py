@@ -14,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.predict.tracer import Event, Trace
+from bench.predict.step_trace import Event, Trace
 
 __all__ = ["NO_BYTES", "Token", "TokenTable", "Tokens"]
 

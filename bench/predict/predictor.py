@@ -16,10 +16,11 @@ from bench.predict.cards import Card
 from bench.predict.folding import NOT_FOLDED, fold_trace, run_lengths
 from bench.predict.folding_cases import repeated_steps, with_steps
 from bench.predict.owners import categorise_gradients, categorise_parameters, categorise_state
+from bench.predict.step_trace import Trace, releases_in_order
 from bench.predict.timeline import History, make_timeline
 from bench.predict.trace_data import encode_trace
 from bench.predict.traced_streams import TracedStreams, peak_host_bytes
-from bench.predict.tracer import Trace, Tracer, releases_in_order
+from bench.predict.tracer import Tracer
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
 from bench.record import SMALL_HOLDERS, Category, Holder, Parts, Peaks
 from bench.units import format_bytes

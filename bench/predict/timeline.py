@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from bench.predict.tracer import Event, Trace
+from bench.predict.step_trace import Event, Trace
 from bench.timeline import Timeline, differences
 
 __all__ = ["History", "make_timeline"]

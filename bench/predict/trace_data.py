@@ -10,7 +10,7 @@ import base64
 import pickle
 import zlib
 
-from bench.predict.tracer import Trace
+from bench.predict.step_trace import Trace
 
 __all__ = ["decode_trace", "encode_trace"]
 

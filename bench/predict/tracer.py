@@ -13,11 +13,10 @@ backward (a hook, a custom Function, what a checkpoint recomputes) the line is t
 from __future__ import annotations
 
 import gc
-import itertools
 import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.errors import MembenchError
-from bench.flops import FlopCount, Flops
+from bench.flops import FlopCount
 from bench.predict.call_notes import (
     convolution_call,
     operand_format,
@@ -45,15 +44,10 @@ from bench.predict.engine_adds import EngineAdds
 from bench.predict.fake_storages import forgetting_storages
 from bench.predict.library_calls import Direction
 from bench.predict.source_lines import asked_by_grad_scaler, user_line
+from bench.predict.step_trace import Site, Trace
 from bench.record import Category
 
-__all__ = ["Event", "Site", "Trace", "TraceError", "Tracer", "releases_in_order"]
-
-Event = tuple[Any, ...]
-"""``("alloc", id, bytes, stream)``, ``("free", id)``, ``("phase", name)``,
-``("convolution", operand_bytes, "float32" | "half", call, site)``, ``("cublas", stream, site)`` or
-``("operator", call, site)``; ``bench.predict.library_calls`` has the calls. ``("host", bytes)``:
-host memory taken, or given back where negative, which the allocator knows nothing of."""
+__all__ = ["TraceError", "Tracer"]
 
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset(
@@ -64,39 +58,6 @@ _REDUCTIONS = frozenset({_aten.sum, _aten.nansum, _aten.mean, _aten.prod})
 
 class TraceError(MembenchError):
     """The step does something that fake tensors cannot follow; the message names its line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where an allocation came from."""
-
-    module: str
-    operator: str
-    source_line: str
-
-
-@dataclass(slots=True)
-class Trace:
-    """The events of a step, and for each allocation id its site and category."""
-
-    events: list[Event] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)  # by allocation id
-    categories: list[Category] = field(default_factory=list)  # by allocation id
-    flops: Flops = field(default_factory=Flops)  # of one step
-    notes: tuple[str, ...] = ()  # how the network was built
-
-
-def releases_in_order(events: list[Event]) -> list[Event]:
-    """Return the events with frees that follow each other in the order of their ids.
-
-    What is released at one moment may come in any order: autocast's copies of the weights lie in
-    a table by address. Without an order of our own two traces of one step would differ by it. To
-    the allocator it is all the same: free neighbours end up as one block either way.
-    """
-    ordered: list[Event] = []
-    for is_free, group in itertools.groupby(events, key=lambda event: event[0] == "free"):
-        ordered += sorted(group) if is_free else group  # noqa: B031  # one of the two
-    return ordered
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from bench.predict.calibration import Basis, Calibration, CallMemory, read_calibration
 from bench.predict.cards import Card
 from bench.predict.library_calls import ConvolutionCall
-from bench.predict.tracer import Event, Site, Trace
+from bench.predict.step_trace import Event, Site, Trace
 
 __all__ = ["Filled", "Workspaces", "fill_workspaces", "uncalibrated_parts"]
 

@@ -19,7 +19,8 @@ from bench.environment import allocator_settings
 from bench.errors import MembenchError
 from bench.predict.alloc_conf import parse_alloc_conf
 from bench.predict.cards import Card, find_card
-from bench.predict.tracer import Trace, TraceError
+from bench.predict.step_trace import Trace
+from bench.predict.tracer import TraceError
 from bench.pytest_plugin import memory_session
 from bench.pytest_plugin.fake_gpu import answer_for
 from bench.pytest_plugin.ledger import PredictedMeter

@@ -15,7 +15,7 @@ from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import Block, CachingAllocator, OutOfMemory
 from bench.predict.cards import Card
 from bench.predict.predictor import peak_holders
-from bench.predict.tracer import Trace, releases_in_order
+from bench.predict.step_trace import Trace, releases_in_order
 from bench.predict.workspaces import fill_workspaces
 from bench.pytest_plugin.meter import Window
 from bench.pytest_plugin.usage import Reading

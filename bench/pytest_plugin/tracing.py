@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench.errors import MembenchError
 from bench.predict.owners import categorise_gradients, categorise_parameters, categorise_state
-from bench.predict.tracer import Site, Tracer
+from bench.predict.step_trace import Site
+from bench.predict.tracer import Tracer
 
 __all__ = ["NO_GPU", "ModelTracer", "tracing"]
 

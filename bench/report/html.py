@@ -52,11 +52,12 @@ def page_text(suite: str, records: Sequence[Record]) -> str:
         raise MembenchError(f"no records to report on for {suite}: run membench run first")
     tables = make_tables(records)
     numbers = count(1)
-    body = [_header(suite, tables)]
+    body = [_header(suite, tables), "<main>"]
     for number, table in enumerate(tables, start=1):
         body.append(f'<section id="table-{number}">')
         body += _table(suite, table, numbers, drawn=number <= _MOST_DRAWN)
         body.append("</section>")
+    body.append("</main>")
     return _page(suite, "\n".join(body))
 
 

@@ -103,9 +103,7 @@ class Stage:
         return self.norm.gradient(c, self.output_gradient(start, stop))
 
     def output_gradient(self, start: int, stop: int) -> Tensor:
-        """Return ``dz``."""
-        if self.stored_gradient is not None:
-            return self.stored_gradient.read(start, stop)
+        """Return ``dz``, made again."""
         assert self.read_output_gradient is not None
         with computed_again():  # the pass for the norm's sums has read it before
             return self.read_output_gradient(start, stop)
@@ -129,8 +127,7 @@ class Stage:
 
     def convert(self) -> None:
         """Overwrite the stored ``dz`` with ``dc``, giving back the stored ``c`` on the way."""
-        if self.stored_gradient is None:
-            return
+        assert self.stored_gradient is not None
         for start, stop in self.slabs:
             dz = self.stored_gradient.read(start, stop)
             self.stored_gradient.write(start, self.norm.gradient(self.convolved(start, stop), dz))

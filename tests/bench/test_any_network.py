@@ -19,7 +19,8 @@ from bench.errors import MembenchError
 from bench.imported import Imported, InputSpec, check_reference, label, parse_input, resolve
 from bench.imported_model import BUILT_ON_CPU
 from bench.predict.predictor import trace_case
-from bench.predict.tracer import Trace, TraceError
+from bench.predict.step_trace import Trace
+from bench.predict.tracer import TraceError
 from bench.workload import build_workload
 from tests.bench.suite_files import GOOD, load, refusal
 

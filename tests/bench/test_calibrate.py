@@ -494,7 +494,7 @@ def test_what_is_tried_out_does_not_count_as_needed(tmp_path: Path) -> None:
 
 def test_trials_take_no_more_than_there_is() -> None:
     call = convolution(64, channels=16)
-    from bench.predict.tracer import Site, Trace
+    from bench.predict.step_trace import Site, Trace
 
     site = Site("m", "op", "f.py:1")
     event = ("convolution", call.operand_bytes, "float32", call, site)

@@ -21,9 +21,9 @@ from bench.fidelity import Compared, Fidelity, card_of, compare, measured_record
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import DEFAULT_POOL
 from bench.predict.cards import find_card
+from bench.predict.step_trace import Event, Site, Trace
 from bench.predict.trace import Trace as RecordedTrace
 from bench.predict.trace import TraceEvent
-from bench.predict.tracer import Event, Site, Trace
 from bench.record import Record, append_record
 from bench.report.fidelity import fidelity_markdown, groups, summary_rows
 from bench.runner import Progress

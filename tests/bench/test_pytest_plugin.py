@@ -16,7 +16,7 @@ from bench.baseline import read_baseline
 from bench.errors import MembenchError
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.cards import find_card
-from bench.predict.tracer import Site, Trace
+from bench.predict.step_trace import Site, Trace
 from bench.pytest_plugin.judge import Baseline, figures_of_test, judge, update_baseline
 from bench.pytest_plugin.ledger import PredictedMeter
 from bench.pytest_plugin.meter import MeasuredMeter

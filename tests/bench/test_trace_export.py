@@ -28,9 +28,9 @@ from bench.predict.allocator.blocks import LIVE
 from bench.predict.cards import find_card
 from bench.predict.predictor import trace_case
 from bench.predict.replay import replay
+from bench.predict.step_trace import Site, Trace
 from bench.predict.trace_data import decode_trace, encode_trace
 from bench.predict.trace_file import read_trace
-from bench.predict.tracer import Site, Trace
 from bench.predict.workspaces import fill_workspaces
 
 _memory_viz: Any = untyped_viz

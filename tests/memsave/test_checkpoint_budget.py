@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import memsave
 from memsave.block_costs import measure_blocks
 from memsave.checkpoint_budget import budget_bytes, checkpoint_budget, plan_checkpoints
-from memsave.errors import OptionError, UnknownNameError
+from memsave.errors import OptionError, RefusedError, UnknownNameError
 from memsave.networks import FCN
 from memsave.networks.conv_lstm import ConvLSTM
 from memsave.placement import Placement
@@ -209,8 +209,6 @@ def test_what_cannot_be_planned_is_refused() -> None:
         checkpoint_budget(_layers(), 100, share=0.5)
     with pytest.raises(OptionError, match=r"no nn\.Sequential and names no blocks"):
         checkpoint_budget(nn.Conv2d(1, 1, 1))
-    with pytest.raises(OptionError, match="has a budget already"):
-        checkpoint_budget(checkpoint_budget(_layers()))
     recurrent = checkpoint_budget(ConvLSTM(widths=(2, 4)))
     with pytest.raises(OptionError, match=r"once in a forward, got unet\.encoder\.0 3 times"):
         recurrent(torch.randn(1, 1, 4, 4, 3))
@@ -218,3 +216,25 @@ def test_what_cannot_be_planned_is_refused() -> None:
         parse_options(find_technique("checkpoint_budget"), {"budget": [1]})
     with pytest.raises(UnknownNameError):
         parse_options(find_technique("checkpoint_budget"), {"bugdet": 1})
+
+
+NAMES = ("checkpoint", "checkpoint_selective", "checkpoint_budget")
+
+
+@pytest.mark.parametrize("first", NAMES)
+@pytest.mark.parametrize("second", NAMES)
+def test_of_the_ways_to_checkpoint_blocks_a_network_takes_one(first: str, second: str) -> None:
+    """Either order; checkpoint twice is once, and so is checkpoint_selective."""
+    model: nn.Module = FCN(widths=(4, 8))
+    one, other = find_technique(first), find_technique(second)
+    model = one.module(model, parse_options(one, {}))
+    if first == second != "checkpoint_budget":
+        assert other.module(model, parse_options(other, {})) is model
+        return
+    with pytest.raises(RefusedError, match=r"already|decides by itself"):
+        other.module(model, parse_options(other, {}))
+
+
+def test_a_sequence_has_one_budget() -> None:
+    with pytest.raises(RefusedError, match="checkpointed already: a budget decides"):
+        checkpoint_budget(checkpoint_budget(_layers()))

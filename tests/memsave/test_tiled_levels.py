@@ -14,7 +14,8 @@ from memsave.errors import BackwardError, InputError, OptionError, RefusedError,
 from memsave.networks import build
 from memsave.networks.fcn import FCN
 from memsave.tiled import TiledLevelsOptions, stage, tile_levels
-from memsave.tiled.level import Keep
+from memsave.tiled.functions import run_encoder
+from memsave.tiled.level import Keep, Level
 from memsave.tiled.slabs import Read, padded
 from tests.memsave.tiled_twins import Twins, assert_equal_gradients, batch_of, twins
 
@@ -285,3 +286,20 @@ def test_a_loss_or_target_that_does_not_fit_is_refused() -> None:
         pair.tiled.training_loss(images, target.double(), LOSS)
     with pytest.raises(InputError, match=r"got torch.int64 of shape \(1, 8, 8, 10\)"):
         pair.tiled.training_loss(images, target[..., :10], LOSS)
+
+
+def test_an_image_of_another_type_than_the_weights_is_refused() -> None:
+    """As convolutions refuse it; under autocast there would be one type for both."""
+    pair = twins(TiledLevelsOptions(slabs=2))
+    with pytest.raises(InputError, match=r"weights are torch.float64, the image is torch.float32"):
+        pair.tiled(batch_of((8, 8, 12))[0].float())
+
+
+def test_a_gradient_that_does_not_come_through_the_decoder_is_refused() -> None:
+    """The encoder's backward alone lacks half of its gradient."""
+    pair = twins(TiledLevelsOptions(slabs=2))
+    images, _ = batch_of((8, 8, 12))
+    level = Level(pair.tiled._layers(0, 12), images, images.dtype, training=True)
+    pooled = run_encoder(level, images)
+    with pytest.raises(BackwardError, match="must depend on the network's output"):
+        torch.autograd.backward(pooled.sum())

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.predict.tracer import Event, Tracer
+from bench.predict.step_trace import Event
+from bench.predict.tracer import Tracer
 
 __all__ = ["traced_kept_bytes"]
 

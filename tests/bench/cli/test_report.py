@@ -150,3 +150,44 @@ def test_the_command_is_defined_without_what_only_reports_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "begins"),
+    [
+        ("markdown", "table1.md", "# table1"),
+        ("html", "table1.html", "<!doctype html>"),
+        ("latex", "table1.tex", "% Made by membench report"),
+    ],
+)
+def test_a_report_has_the_format_that_is_asked_for(
+    results: Path, tmp_path: Path, form: str, name: str, begins: str
+) -> None:
+    reports = tmp_path / "reports"
+    code, stdout, stderr = invoke(results, "--format", form, "--output", reports)
+    assert (code, stderr, stdout) == (0, "", f"report: {reports / name}\n")
+    assert (reports / name).read_text(encoding="utf-8").startswith(begins)
+
+
+def test_figures_are_written_beside_the_report_and_named(results: Path, tmp_path: Path) -> None:
+    reports = tmp_path / "reports"
+    code, stdout, _ = invoke(results, "--figures", "--output", reports)
+    assert code == 0
+    named = [line.removeprefix("report: ") for line in stdout.splitlines()]
+    stem = reports / "table1.v100-32gb.predicted"
+    assert named == [str(reports / "table1.md"), f"{stem}.bars.png", f"{stem}.bars.svg"]
+    assert all(Path(name).stat().st_size > 0 for name in named)
+
+
+def test_a_format_that_is_none_is_refused() -> None:
+    code, _, stderr = invoke("results", "--format", "pdf")
+    assert code == 2
+    assert "'markdown', 'html', 'latex'" in stderr
+
+
+def test_without_records_no_page_is_written(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    answer = invoke(empty, "--format", "html", "--output", tmp_path / "reports")
+    assert_refused(answer, "no records in", "empty.jsonl")
+    assert not (tmp_path / "reports").exists()

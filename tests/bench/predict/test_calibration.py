@@ -12,8 +12,8 @@ from bench.errors import MembenchError
 from bench.predict.calibration import Calibration, Versions, read_calibration
 from bench.predict.cards import Card, find_card
 from bench.predict.library_calls import ConvolutionCall, OperatorCall, dtype_bytes
+from bench.predict.step_trace import Site, Trace
 from bench.predict.trace_data import decode_trace, encode_trace
-from bench.predict.tracer import Site, Trace
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
 from tests.bench.calibration_fixtures import convolution
 

@@ -20,7 +20,8 @@ from bench.predict.cards import find_card
 from bench.predict.folding import NOT_FOLDED, Folded, fold_trace, run_lengths
 from bench.predict.folding_cases import repeated_steps, with_steps
 from bench.predict.predictor import predict, trace_case, trace_case_folded
-from bench.predict.tracer import Trace, Tracer, releases_in_order
+from bench.predict.step_trace import Trace, releases_in_order
+from bench.predict.tracer import Tracer
 from memsave import checkpoint_steps
 
 

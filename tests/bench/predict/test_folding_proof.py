@@ -13,7 +13,7 @@ from bench.predict import folding, folding_periods
 from bench.predict.folding import fold_trace
 from bench.predict.folding_periods import Insertion, insertions, lengthen
 from bench.predict.folding_tokens import NO_BYTES, Tokens, TokenTable
-from bench.predict.tracer import Site, Trace
+from bench.predict.step_trace import Site, Trace
 
 # -- one event, byte, site, category or FLOP amiss, and there is no fold ----------------
 

@@ -12,7 +12,7 @@ from bench.errors import MembenchError
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.cards import find_card
 from bench.predict.predictor import peak_holders, predict, trace_case
-from bench.predict.tracer import Site, Trace
+from bench.predict.step_trace import Site, Trace
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
 from bench.record import SMALL_HOLDERS, Category
 

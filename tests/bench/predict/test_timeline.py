@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bench.predict.allocator import simulate
+from bench.predict.step_trace import Site, Trace
 from bench.predict.timeline import History, make_timeline
-from bench.predict.tracer import Site, Trace
 from bench.timeline import Timeline
 from bench.units import MIB
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from bench.predict.tracer import Event, Site, Trace, TraceError, Tracer
+from bench.predict.step_trace import Event, Site, Trace
+from bench.predict.tracer import TraceError, Tracer
 from memsave.checkpoint import checkpoint_block
 
 FLOAT = 4  # bytes

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.case import Case, TechniqueUse
 from bench.predict.engine_adds import EngineAdds
 from bench.predict.predictor import trace_case
-from bench.predict.tracer import Event
+from bench.predict.step_trace import Event
 from bench.workload import build_workload
 
 CHECKPOINT = (TechniqueUse(name="checkpoint"),)
