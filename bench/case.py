@@ -80,6 +80,7 @@ class Case:
     paper_flops: int | None = None
     baseline: str | None = None  # the variant to which its suite takes ratios
     position: int = 0  # place in its suite: records lie in the order in which cases finished
+    card: str | None = None  # predicted for it, instead of the suite's
     imported: Imported | None = None  # a network of the user's own; None: one of memsave's table
 
     @property
@@ -98,8 +99,9 @@ class Case:
     def to_definition(self) -> dict[str, Any]:
         """Return the case as JSON-ready data, from which ``from_definition`` makes it again."""
         data = {**dataclasses.asdict(self), "case": self.name}
-        if self.imported is None:
-            del data["imported"]
+        for name in ("imported", "card"):  # of few cases, and later than most records
+            if data[name] is None:
+                del data[name]
         # Lists for tuples, as a reader of the JSON gets them: a record equals its read copy.
         return dict(json.loads(json.dumps(data)))
 
@@ -134,6 +136,7 @@ class Case:
             "position",
             "schedule",
             "schedule_options",
+            "card",  # the record's own card and its hash say which
         )
         data = {k: v for k, v in self.to_definition().items() if k not in aside}
         text = json.dumps(data, sort_keys=True)

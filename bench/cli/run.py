@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from bench.case import Case
+    from bench.record import Environment
     from bench.suite import Suite
 
 __all__ = ["run"]
@@ -60,9 +61,11 @@ def run(
 ) -> None:
     """Run every case of a suite, print the table and append the records."""
     with user_errors():
-        records, path = _run(suite, device, card, case, volumes, spacing, results, resume, json)
+        records, paths = _run(
+            suite, device, card, case, volumes, spacing, results, resume, exclusive, json
+        )
         if not json:
-            _print_table(records, path)
+            _print_table(records, paths)
     if any(record.status in ("failed", "timeout", "skipped") for record in records):
         raise typer.Exit(1)
 
@@ -76,19 +79,21 @@ def _run(
     spacing: str | None,
     results: Path,
     resume: bool,
+    exclusive: bool,
     json: bool,
-) -> tuple[list[Record], Path]:
+) -> tuple[list[Record], list[Path]]:
     from bench.suite import load_suite
 
     suite = load_suite(suite_name)
     cases = suite.cases(volumes=volumes, spacing=spacing, glob=glob)
     environment = read_environment(suite=suite.name, suite_hash=suite.digest)
     if use_cuda(device):
-        backend, why = measured_backend(find_card(card_name) if card_name is not None else None), ""
+        emulated = find_card(card_name) if card_name is not None else None
+        backend = measured_backend(emulated, exclusive=exclusive)
     else:
-        card = _card_to_predict(suite, card_name)
-        backend, why = predicted_backend(card)
-        environment = dataclasses.replace(environment, card_hash=card.digest())
+        if exclusive:
+            raise MembenchError("--exclusive: a prediction runs on no GPU; leave the option out")
+        return _predict(suite, cases, environment, card_name, results, resume, json)
     plan = Run(
         cases=cases,
         backend=backend,
@@ -96,16 +101,50 @@ def _run(
         path=results_file(results, backend.card, suite.name, backend.evidence),
     )
     make_writable(plan.path)
-    if backend.tracer == "cpu":
+    if backend.warning:
+        err().print(f"warning: {backend.warning}", soft_wrap=True, markup=False)
+    return _execute(plan, resume, json), [plan.path]
+
+
+def _predict(
+    suite: Suite,
+    cases: list[Case],
+    environment: Environment,
+    card_name: str | None,
+    results: Path,
+    resume: bool,
+    json: bool,
+) -> tuple[list[Record], list[Path]]:
+    """Predict the cases, a results file for each card; the records in the order of the suite."""
+    plans = []
+    for card, of_card in _cards_to_predict(suite, cases, card_name):
+        backend, why = predicted_backend(card)
+        plans.append(
+            Run(
+                cases=of_card,
+                backend=backend,
+                environment=dataclasses.replace(environment, card_hash=card.digest()),
+                path=results_file(results, backend.card, suite.name, backend.evidence),
+            )
+        )
+        make_writable(plans[-1].path)
+    if plans[0].backend.tracer == "cpu":
         err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True, markup=False)
-    return _execute(plan, resume, json), plan.path
+    found = {record.case: record for plan in plans for record in _execute(plan, resume, json)}
+    return [found[case.name] for case in cases], [plan.path for plan in plans]
 
 
-def _card_to_predict(suite: Suite, named: str | None) -> Card:
-    name = suite.card if named is None else named
-    if name is None:
-        raise MembenchError(f"suite {suite.name} names no card: choose one with --card")
-    return find_card(name)
+def _cards_to_predict(
+    suite: Suite, cases: list[Case], named: str | None
+) -> list[tuple[Card, list[Case]]]:
+    """Return the cases by card: what the command line names, else the row's, else the suite's."""
+    by_name: dict[str, list[Case]] = {}
+    for case in cases:
+        name = named or case.card or suite.card
+        if name is None:
+            raise MembenchError(f"suite {suite.name} names no card: choose one with --card")
+        by_name.setdefault(name, []).append(case)
+    return [(find_card(name), of_card) for name, of_card in by_name.items()]
 
 
 def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
@@ -184,7 +223,7 @@ def _print_json(record: Record) -> None:
     print(record.to_json(), flush=True)
 
 
-def _print_table(records: list[Record], path: Path) -> None:
+def _print_table(records: list[Record], paths: list[Path]) -> None:
     from bench.report.terminal import results_table
 
     out().print(results_table(records))
@@ -193,4 +232,5 @@ def _print_table(records: list[Record], path: Path) -> None:
         err().print(
             f"{record.case}: {record.status}: {record.reason}", soft_wrap=True, markup=False
         )
-    out().print(f"records: {path}", soft_wrap=True, markup=False)
+    for path in paths:
+        out().print(f"records: {path}", soft_wrap=True, markup=False)

@@ -223,6 +223,7 @@ def _case(suite: SuiteFile, draft: Draft) -> Case:
         time_limit_s=entry.time_limit_s or suite.time_limit_s,
         volumes=draft.requested.volumes,
         baseline=suite.baseline,
+        card=entry.card,
         **(suite.paper.of_case(figure) if suite.paper else {}),
     )
 

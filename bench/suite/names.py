@@ -22,6 +22,7 @@ from bench.suite.schema import AnyEntry, ScheduleEntry, SuiteFile, Training
 
 if TYPE_CHECKING:
     from memsave.networks import NetworkSpec
+    from memsave.techniques import Technique
 
 __all__ = ["Row", "find_rows", "name_mistakes"]
 
@@ -86,8 +87,12 @@ def _entries(suite: SuiteFile) -> Iterator[tuple[Place, SomeNetwork, AnyEntry]]:
 
 
 def _row(place: Place, some: SomeNetwork, entry: AnyEntry, shared: Training) -> Row:
+    from bench.predict.cards import find_card
     from memsave.networks import NETWORKS
 
+    if entry.card is not None:
+        with _pointing((*place, "card"), {}):
+            find_card(entry.card)
     if some.imported is not None:
         return _imported_row(place, some, some.imported, entry, shared)
     network = some.name or ""
@@ -107,15 +112,19 @@ def _imported_row(
     place: Place, some: SomeNetwork, imported: Imported, entry: AnyEntry, shared: Training
 ) -> Row:
     """Check all that can be known of a user's own network without running any of its code."""
+    from memsave.technique_pairs import check_pairs
     from memsave.techniques import find_technique, parse_options
 
     with _pointing((*place, "network", "import"), {}):
         check_reference(imported.reference)
     problem = "the arguments of a network of your own stand under network: {arguments: ...}"
     _check_keys(place, entry.options, problem, type(entry).model_fields)
+    chosen: list[tuple[Technique, Any]] = []
     for i, use in enumerate(entry.techniques):
         with _pointing((*place, "techniques", i), {**use.options, "name": use.name}):
-            parse_options(find_technique(use.name), use.options)
+            technique = find_technique(use.name)
+            chosen.append((technique, parse_options(technique, use.options)))
+            check_pairs(chosen, in_apply=True)
     if entry.training is not None:
         _check_training(entry.training, (*place, "training"))
     _, training = _training(place, entry, shared)
@@ -142,6 +151,7 @@ def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
     import torch
 
     from memsave.networks import build
+    from memsave.technique_pairs import check_pairs
     from memsave.techniques import check_precision, find_technique, parse_options
 
     network_options = entry.options
@@ -154,6 +164,7 @@ def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
             options = parse_options(technique, use.options)
             network_options = technique.build(network_options, options)
             chosen.append((technique, options))
+            check_pairs(chosen)
     with torch.device("meta"):
         with _pointing(place, entry.options):
             model = build(network, network_options)

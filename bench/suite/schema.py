@@ -208,6 +208,9 @@ class AnyEntry(Optioned):
     techniques: list[AnyTechnique] = []
     training: Training | None = Field(default=None, description="Instead of the suite's.")
     time_limit_s: Seconds | None = Field(default=None, description="Instead of the suite's.")
+    card: str | None = Field(
+        default=None, description="Predict this row for this card instead of the suite's."
+    )
     cudnn_benchmark: bool | None = Field(default=None, description="Instead of the suite's.")
 
 
