@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from bench.environment import allocator_settings
@@ -19,6 +20,7 @@ __all__ = ["Device", "measured_backend", "predicted_backend", "use_cuda"]
 
 Device = Literal["auto", "cuda", "predict"]
 
+_SEVERAL = "step_times_s: {} GPUs of the machine ran cases at the same time"
 _WORKERS_LIMIT = 8  # a worker holds torch: about 400 MiB
 
 
@@ -60,6 +62,9 @@ def predicted_backend(card: Card) -> tuple[Backend, str]:
 def measured_backend(emulated: Card | None = None, *, exclusive: bool = False) -> Backend:
     """Return how to measure on the GPU that is here, one fresh process a case.
 
+    Where several are visible, all of the first one's model measure cases at once, each a case at a
+    time; those of another model are left out, for their records would be another card's.
+
     With ``emulated``, the allocator may use no more than that card offers: its memory less its
     context, in bytes. The records stay measured, under the real GPU's name, and say in
     ``capped_to`` which card it was. To name the GPU's own card caps nothing. With ``exclusive``,
@@ -82,12 +87,32 @@ def measured_backend(emulated: Card | None = None, *, exclusive: bool = False) -
         evidence="measured",
         module="bench.measure_worker",
         card=gpu.card,
-        workers=1,
+        workers=1 + len(gpu.alike),
         reuse=False,
+        # A single GPU is left to CUDA_VISIBLE_DEVICES as it is.
+        worker_environments=tuple(
+            {"CUDA_VISIBLE_DEVICES": uuid} for uuid in ((gpu.uuid, *gpu.alike) if gpu.alike else ())
+        ),
+        notes=(_SEVERAL.format(1 + len(gpu.alike)),) if gpu.alike else (),
         request={"capacity_bytes": capped.capacity_bytes} if capped else {},
         capped_to=capped.name if capped else None,
         exclusive=exclusive,
-        warning=_shared(gpu, exclusive),
+        warning="; ".join(filter(None, (*_all_shared(gpu, exclusive), _left_out(gpu)))),
+    )
+
+
+def _all_shared(gpu: GpuIdentity, exclusive: bool) -> list[str]:
+    from bench.neighbours import look
+
+    gpus = [gpu, *(replace(gpu, uuid=uuid, occupants=look(uuid)) for uuid in gpu.alike)]
+    return [_shared(one, exclusive) for one in gpus]
+
+
+def _left_out(gpu: GpuIdentity) -> str:
+    if not gpu.unlike:
+        return ""
+    return f"measuring on {gpu.name} alone, GPUs of other models are left out: " + ", ".join(
+        gpu.unlike
     )
 
 

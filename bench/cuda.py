@@ -66,8 +66,15 @@ class TorchCuda:
         self.name: str = properties.name
         self.total_bytes: int = properties.total_memory
         self.compute_capability = f"{properties.major}.{properties.minor}"
-        uuid = str(properties.uuid)
-        self._uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        self._uuid = _with_prefix(str(properties.uuid))
+
+    def visible(self) -> list[dict[str, Any]]:
+        """Return name, UUID and memory of all GPUs that torch sees, this one first."""
+        found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return [
+            {"name": p.name, "uuid": _with_prefix(str(p.uuid)), "memory_bytes": p.total_memory}
+            for p in found
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +117,10 @@ class TorchCuda:
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000.0  # torch gives milliseconds
+
+
+def _with_prefix(uuid: str) -> str:
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
 def _why_not() -> str:

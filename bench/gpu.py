@@ -7,6 +7,7 @@ CUDA's own order, a MIG slice), and a context made here would take memory from e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from bench.child import Child
 from bench.errors import MembenchError
@@ -24,6 +25,8 @@ class GpuIdentity:
     memory_bytes: int  # as CUDA reports it
     card: str  # "h200-141gb"
     occupants: Occupants | None = None  # who was on it before we came
+    alike: tuple[str, ...] = ()  # UUIDs of the other visible GPUs of its model and memory
+    unlike: tuple[str, ...] = ()  # names of the visible GPUs of another
 
 
 def gpu_identity() -> GpuIdentity:
@@ -41,10 +44,18 @@ def gpu_identity() -> GpuIdentity:
     if hello["gpu"] is None:
         raise MembenchError(hello["error"])
     occupants = hello.get("occupants")
+    others = hello.get("gpus", [])[1:]
+    alike = [gpu for gpu in others if _same_model(gpu, hello)]
     return GpuIdentity(
         name=hello["gpu"],
         uuid=hello["gpu_uuid"],
         memory_bytes=hello["memory_bytes"],
         card=card_name_for_gpu(hello["gpu"], hello["memory_bytes"]),
         occupants=None if occupants is None else Occupants.from_dict(occupants),
+        alike=tuple(gpu["uuid"] for gpu in alike),
+        unlike=tuple(gpu["name"] for gpu in others if gpu not in alike),
     )
+
+
+def _same_model(gpu: dict[str, Any], first: dict[str, Any]) -> bool:
+    return (gpu["name"], gpu["memory_bytes"]) == (first["gpu"], first["memory_bytes"])

@@ -51,12 +51,12 @@ class Guard:
         if not self._before.known:
             return [f"other processes: not known: {'; '.join(self._before.notes)}"]
         notes = []
-        if not self._before.processes:
-            notes += [
-                "other processes: by the device's memory in use before and after the case, "
-                f"for NVML lists no process ({why})"
-                for why in self._before.notes[:1]
-            ]
+        if self._watch is not None and not self._watch.own_listed:
+            why = "; ".join(self._before.notes) or "as in a container"
+            notes.append(
+                "other processes: NVML does not list ours, so others are told by their count and "
+                f"by the device's memory in use before and after the case ({why})"
+            )
         if self._before.describe():
             notes.append(f"other processes: on the GPU before the case: {self._before.describe()}")
         if came:

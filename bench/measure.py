@@ -174,10 +174,13 @@ def _time_pass(case: Case, workload: Workload, cuda: Cuda, notes: list[str]) -> 
     """Return the seconds of ``case.timed_steps`` steps after one that warms up."""
     if case.timed_steps == 0:
         return []
+    refused_before = cuda.memory_stats().get("num_ooms", 0)
     try:
         workload.step(_not_marked)
         return [cuda.time_s(lambda: workload.step(_not_marked)) for _ in range(case.timed_steps)]
-    except torch.OutOfMemoryError:  # a cache left fragmented; the memory pass stands
+    except RuntimeError as error:  # a cache left fragmented; the memory pass stands
+        if not _is_out_of_memory(error, cuda.memory_stats().get("num_ooms", 0) > refused_before):
+            raise
         notes.append("step_times_s: the time pass ran out of memory")
         return []
 

@@ -32,7 +32,8 @@ def _prepare(before: dict[str, Occupants]) -> tuple[dict[str, Any], Handler]:
     """Return the hello and the handler; without a GPU, both say that there is none.
 
     The hello's keys are the fields of ``bench.record.Environment``, and ``memory_bytes``,
-    ``compute_capability``, ``occupants`` (who was on the GPU before us) and ``error``.
+    ``compute_capability``, ``occupants`` (who was on the GPU before us), ``gpus`` (all that
+    torch sees) and ``error``.
     """
     import torch
 
@@ -54,6 +55,7 @@ def _prepare(before: dict[str, Occupants]) -> tuple[dict[str, Any], Handler]:
         "memory_bytes": cuda.total_bytes,
         "compute_capability": cuda.compute_capability,
         "occupants": occupants.to_dict(),
+        "gpus": cuda.visible(),
     }
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:

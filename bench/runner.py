@@ -59,6 +59,8 @@ class Backend:
     tracer: str | None = None
     capped_to: str | None = None
     exclusive: bool = False  # a measured case fails when another process is on its GPU
+    worker_environments: tuple[dict[str, str], ...] = ()  # of each worker, beside the above
+    notes: tuple[str, ...] = ()  # for every record
     warning: str = ""  # for whoever starts the run, "" when there is none
 
 
@@ -136,8 +138,8 @@ def run_cases(run: Run, on_progress: Callable[[Progress], None]) -> list[Record]
                 records[index] = record
             on_progress(Progress(case, record))
 
-    def work() -> None:
-        with _children(run.backend) as child:
+    def work(place: int) -> None:
+        with _children(run.backend, place) as child:
             while not stop.is_set():
                 try:
                     index, case = waiting.get_nowait()
@@ -151,7 +153,7 @@ def run_cases(run: Run, on_progress: Callable[[Progress], None]) -> list[Record]
                     stop.set()
 
     count = max(1, min(run.backend.workers, len(run.cases)))
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(count)]
     for thread in threads:
         thread.start()
     try:
@@ -182,13 +184,15 @@ def make_writable(path: Path) -> None:
 class _ChildSlot:
     """A child that is started when first needed and again after it died."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, place: int) -> None:
         self._backend = backend
+        own = backend.worker_environments[place] if backend.worker_environments else {}
+        self._environment = {**backend.child_environment, **own}
         self._child: Child | None = None
 
     def get(self) -> Child:
         if self._child is None:
-            self._child = Child(self._backend.module, self._backend.child_environment)
+            self._child = Child(self._backend.module, self._environment)
         return self._child
 
     def drop(self) -> None:
@@ -205,8 +209,8 @@ class _ChildSlot:
 
 
 @contextmanager
-def _children(backend: Backend) -> Iterator[_ChildSlot]:
-    slot = _ChildSlot(backend)
+def _children(backend: Backend, place: int) -> Iterator[_ChildSlot]:
+    slot = _ChildSlot(backend, place)
     try:
         yield slot
     finally:
@@ -257,7 +261,7 @@ def make_record(
     values["timeline"] = Timeline.from_dict(timeline) if timeline else None
     for key in ("uncalibrated", "step_times_s"):
         values[key] = tuple(values.get(key, ()))
-    notes = (*environment.notes, *values.pop("notes", ()))
+    notes = (*environment.notes, *values.pop("notes", ()), *backend.notes)
     return Record(
         case=case.name,
         network=case.network,

@@ -135,7 +135,8 @@ def largest_shape(series: Series, card_bytes: int, divisor: Sequence[int]) -> Sh
         return (*plane, slices) if slices else None
     dims = len(series.points[0].shape)
     step = math.lcm(*divisor)
-    side = 0
-    while (side + step) ** dims <= voxels:
-        side += step
+    # By the root, since a line that hardly rises allows sides that no counting reaches; then to
+    # the exact multiple, which the root may miss by its rounding.
+    side = int(voxels ** (1 / dims)) // step * step
+    side += step * ((side + step) ** dims <= voxels)
     return (side,) * dims if side else None

@@ -104,9 +104,13 @@ def _load(path: Path) -> Any:
     from nibabel.imageglobals import logger
     from nibabel.spatialimages import HeaderDataError
 
+    if path.is_dir():
+        raise MembenchError(f"{path} is a folder: name a NIfTI file in it")
     try:
         with _silenced(logger):  # what it would print says again what it raises
             image = nibabel.load(path)
+    except FileNotFoundError:  # nibabel's own, which has no errno
+        raise MembenchError(f"no file {path} to read a volume from") from None
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         reason = " ".join(str(error).split())
         raise MembenchError(f"{path} is truncated or not a NIfTI file: {reason}") from None

@@ -23,6 +23,7 @@ from bench.schedules import check_schedule
 from memsave import networks
 from memsave.errors import MemsaveError
 from memsave.mixed_precision import MixedPrecision
+from memsave.technique_pairs import check_pairs
 from memsave.techniques import Technique, check_precision, find_technique, parse_options
 
 __all__ = ["OPTIMIZERS", "Mark", "Workload", "build_workload", "is_exact", "technique_names"]
@@ -130,6 +131,7 @@ def _build(case: Case) -> Workload:
         return build_imported(case)
     device = torch.get_default_device()
     techniques = [_technique(use.name, use.options, case.precision) for use in case.techniques]
+    check_pairs(techniques)
     model = _build_model(case, techniques)
     training = case.mode == "train"
     model.train(training)

@@ -17,12 +17,14 @@ from memsave.errors import (
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_abn_sync import InPlaceABNSync
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
+from memsave.invertibility import Invertibility, check_invertible
 from memsave.mixed_precision import MixedPrecision
 from memsave.networks import FCN, NETWORKS
 from memsave.offload import offload
 from memsave.optimizer_in_backward import optimizer_in_backward
 from memsave.recompute_pairs import recompute_pair, recompute_pairs
 from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute, recompute
+from memsave.reversible import ReversibleBlock, ReversibleSequence, reversible_conv_block
 from memsave.techniques import TECHNIQUES, Technique, find_technique
 from memsave.tiled import TiledFCN, TiledLevelsOptions, tile_levels
 
@@ -37,17 +39,21 @@ __all__ = [
     "InPlaceGroupNorm",
     "InPlaceInstanceNorm",
     "InputError",
+    "Invertibility",
     "MemsaveError",
     "MixedPrecision",
     "OptionError",
     "RecomputedNormAct",
     "RefusedError",
+    "ReversibleBlock",
+    "ReversibleSequence",
     "Technique",
     "TiledFCN",
     "TiledLevelsOptions",
     "UnknownNameError",
     "apply",
     "attach_recompute",
+    "check_invertible",
     "checkpoint_block",
     "checkpoint_budget",
     "checkpoint_nested_steps",
@@ -61,5 +67,6 @@ __all__ = [
     "recompute",
     "recompute_pair",
     "recompute_pairs",
+    "reversible_conv_block",
     "tile_levels",
 ]

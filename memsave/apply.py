@@ -21,6 +21,7 @@ from memsave.surgery.decisions import NORM_TECHNIQUES, ReluChoice
 from memsave.surgery.replacements import Replacements
 from memsave.surgery.report import Change, Kept, report
 from memsave.surgery.stand_ins import Snapshot
+from memsave.technique_pairs import check_pairs
 from memsave.techniques import NamesBlocks, Technique, find_technique, parse_options
 
 __all__ = ["Applied", "TechniqueEntry", "apply"]
@@ -106,9 +107,10 @@ def apply(
     Exact: as the techniques named. Parameters and buffers are the same objects, so an optimizer
         made before stays right, and state-dict keys stay. The in-place norms use
         ``|weight| + eps`` as scale.
-    Errors: UnknownNameError for a technique or option; OptionError for options, for a technique
-        without any place in this model, and where all places would be wrong ones: then the
-        message says why and what to use instead. The model is untouched after any error.
+    Errors: UnknownNameError for a technique or option; OptionError for options, for techniques
+        that do not go together (``memsave/PAIRS.md``), for a technique without any place in this
+        model, and where all places would be wrong ones: then the message says why and what to use
+        instead. The model is untouched after any error.
 
     Args:
         model: changed in place; the same object is ``Applied.model``.
@@ -169,6 +171,7 @@ def _entries(techniques: Any) -> tuple[tuple[Technique, Any], ...]:
             if any(technique is other for other, _ in entries):
                 raise OptionError(f"technique {name!r} is named twice: name it once")
             entries.append((technique, parse_options(technique, options or {})))
+    check_pairs(entries, in_apply=True)
     return tuple(entries)
 
 

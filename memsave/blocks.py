@@ -19,6 +19,7 @@ from torch import nn
 from memsave.errors import OptionError, UnknownNameError
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
+from memsave.reversible import ReversibleSequence, reversible_conv_block
 
 __all__ = [
     "BLOCKS",
@@ -28,6 +29,7 @@ __all__ = [
     "CCBlock",
     "DoubleConv",
     "NormAct",
+    "ReversibleStage",
     "SepConv",
     "batch_norm",
     "batch_norm_leaky_relu",
@@ -248,12 +250,41 @@ class CCBlock(nn.Sequential):
         )
 
 
+class ReversibleStage(nn.Sequential):
+    """3-wide convolution i -> o and a ``norm_act``, then one reversible block of o channels.
+
+    The reversible block has a 3-wide convolution, a group norm of up to 8 groups and a leaky ReLU
+    on each half; after Brugger et al., MICCAI 2019. ``mid_channels`` is not used.
+    Memory: keeps its input, what ``norm_act`` keeps, and its result; nothing of the reversible
+        block's insides.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,  # noqa: ARG002 - one signature for all blocks
+        out_channels: int,
+        norm_act: NormAct,
+        spatial_dims: int = 3,
+    ) -> None:
+        groups = math.gcd(8, out_channels // 2)
+        coupling = reversible_conv_block(out_channels, groups, spatial_dims=spatial_dims)
+        super().__init__(
+            OrderedDict(
+                widen=convolution(in_channels, out_channels, 3, spatial_dims=spatial_dims),
+                norm=norm_act(out_channels, spatial_dims),
+                reversible=ReversibleSequence([coupling]),
+            )
+        )
+
+
 # name in a suite file -> block
 BLOCKS: dict[str, BlockFactory] = {
     "double_conv": DoubleConv,
     "bottleneck": Bottleneck,
     "sepconv": SepConv,
     "ccblock": CCBlock,
+    "reversible": ReversibleStage,
 }
 
 

@@ -85,6 +85,16 @@ class RecomputedNormAct(nn.Module):
         self.register_state_dict_post_hook(_names_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_names_in)  # type: ignore[no-untyped-call]
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the norm's attribute: who stood around the norm may read its ``eps``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            norm = self.__dict__.get("_modules", {}).get("norm")
+            if norm is None or name.startswith("__"):
+                raise
+            return getattr(norm, name)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return norm and activation of ``x``."""
         first, second = self.norm, self.activation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Annotated, cast
 
@@ -49,7 +51,9 @@ def _register() -> None:
     from bench.cli.fidelity import fidelity
     from bench.cli.infer import infer
     from bench.cli.list import list_
+    from bench.cli.max_shape import max_shape
     from bench.cli.parity import parity
+    from bench.cli.plan import plan
     from bench.cli.predict import predict
     from bench.cli.replay import replay
     from bench.cli.report import report
@@ -61,6 +65,8 @@ def _register() -> None:
 
     app.command()(run)
     app.command()(predict)
+    app.command()(plan)
+    app.command("max-shape")(max_shape)
     app.command()(report)
     app.command()(check)
     app.command()(baseline)
@@ -81,6 +87,19 @@ def _register() -> None:
 
 _register()
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _say_full(error: OSError) -> None:
+    """Say in one line that a disk is full, and let nothing be written to it at the end."""
+    where = error.filename or "the output"
+    print(
+        f"error: cannot write {where}: {error.strerror}; make room and run the command again",
+        file=sys.stderr,
+    )
+    # Python would try once more to write what is left in its buffer, and end with 120.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
 
 def main() -> None:
     """Run the command line; the entry point of the script ``membench``."""
@@ -93,5 +112,10 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx is not None else "membench"
         line = " ".join(error.format_message().split())
         print(f"error: {line} (see {command} --help)", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _say_full(error)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

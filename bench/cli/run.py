@@ -140,7 +140,7 @@ def _cards_to_predict(
     """Return the cases by card: what the command line names, else the row's, else the suite's."""
     by_name: dict[str, list[Case]] = {}
     for case in cases:
-        name = named or case.card or suite.card
+        name = named if named is not None else case.card or suite.card
         if name is None:
             raise MembenchError(f"suite {suite.name} names no card: choose one with --card")
         by_name.setdefault(name, []).append(case)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from bench.record import Record
 from bench.report.rows import Ratio, Row, Section, Table, evidence_text
+from bench.report.times import NOISY_SHARE, step_time_cell, timing, voxel_rate_cell
 from bench.units import format_bytes
 
 __all__ = [
@@ -76,15 +77,20 @@ def per_cent_text(row: Row) -> str:
 
 
 def figure_text(row: Row) -> str:
-    """Return our figure in full: ``26.4 GiB``, ``does not fit 31.7 GiB: needs 41.6 GiB``."""
+    """Return our figure in full: ``26.4 GiB``, ``does not fit 31.7 GiB: needs 41.6 GiB``.
+
+    Where a run ended and its needs are not known, as of a measured one: ``> 31.7 GiB, does not
+    fit``, of the card's size.
+    """
     record = row.record
     if record.status == "ok":
         return size_text(row.used_bytes)
     if record.status != "oom":
         return record.status
     if row.card_bytes is not None:
-        held = f"does not fit {size_text(row.card_bytes)}"
-        return f"{held}: needs {size_text(row.needs_bytes)}" if row.needs_bytes else held
+        if row.needs_bytes is None:
+            return f"{_unfit_text(row)}, does not fit"
+        return f"does not fit {size_text(row.card_bytes)}: needs {size_text(row.needs_bytes)}"
     # Without the context's size only the allocator's share can be said.
     text = "does not fit"
     if record.capacity_bytes is not None:
@@ -103,9 +109,7 @@ def cells(row: Row) -> dict[str, str]:
         "precision": record.precision,
         "parameters": NONE if record.parameters is None else f"{record.parameters:,}",
         "status": record.status,
-        "GPU memory": size_text(row.used_bytes)
-        if fits
-        else _STATUS.get(record.status, record.status),
+        "GPU memory": size_text(row.used_bytes) if fits else _unfit_text(row),
         "needs": size_text(row.needs_bytes),
         "ratio": ratio_text(row.ratio),
         "paper": row.paper.text if row.paper else NONE,
@@ -115,8 +119,18 @@ def cells(row: Row) -> dict[str, str]:
         "reserved": _peak_text(record, record.peak_reserved_bytes),
         "host": size_text(record.peak_host_bytes),
         "recomputation": recomputation_text(record),
+        "step time": step_time_cell(record),
+        "voxels/s": voxel_rate_cell(record),
         "evidence": evidence_text(record),
     }
+
+
+def _unfit_text(row: Row) -> str:
+    """Return ``> 31.7 GiB``, the card's size, where that is all that is known, as papers do."""
+    record = row.record
+    if record.status == "oom" and row.needs_bytes is None and row.card_bytes is not None:
+        return f"> {size_text(row.card_bytes)}"
+    return _STATUS.get(record.status, record.status)
 
 
 def _peak_text(record: Record, peak_bytes: int | None) -> str:
@@ -209,8 +223,24 @@ def notes(table: Table) -> list[str]:
         lines.append(f"Not calibrated on {card}, so estimated: {', '.join(parts)}.")
     if any(row.record.peak_host_bytes is not None for row in rows):
         lines.append("host: pinned memory of the machine, beside the GPU's, that offloading took.")
+    lines += _time_notes([row.record for row in rows])
     if table.first.evidence == "predicted":
         lines.append("Predicted figures come from a simulated run: no GPU was used.")
+    return lines
+
+
+def _time_notes(records: Sequence[Record]) -> list[str]:
+    timed = [record.step_times_s for record in records if record.step_times_s]
+    if not timed:
+        return []
+    counts = sorted({len(times) for times in timed})
+    meaning = (
+        f"step time: median of {' or '.join(map(str, counts))} measured steps after a warm-up; IQR: "
+        "the interquartile range, within which half of them lie. voxels/s: of the batch as run."
+    )
+    lines = [meaning]
+    if any(found is not None and found.noisy for found in map(timing, timed)):
+        lines.append(f"noisy: an IQR above {NOISY_SHARE:.0%} of the median; measure again.")
     return lines
 
 

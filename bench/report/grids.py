@@ -16,7 +16,6 @@ from bench.report.cells import (
     section_title,
     short_title,
     size_text,
-    step_time_text,
 )
 from bench.report.markup import MARKDOWN, Markup, escaped
 from bench.report.rows import Row, Section, Table
@@ -114,7 +113,7 @@ def figures_grid(table: Table, markup: Markup = MARKDOWN) -> pd.DataFrame:
             line["forward FLOPs"] = flops_text(row.record.forward_flops)
             line["step FLOPs"] = flops_text(row.record.step_flops)
             line["recomputation"] = recomputation_text(row.record) if recomputes else NONE
-            line["step time"] = step_time_text(row.record.step_times_s)
+            line |= {name: texts[name] for name in ("step time", "voxels/s")}
             lines.append({name: markup.text(text) for name, text in line.items()})
     return telling(pd.DataFrame(lines))
 

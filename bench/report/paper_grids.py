@@ -76,7 +76,8 @@ def _case_line(row: Row, title: str) -> dict[str, str]:
         "forward FLOPs": flops_text(record.forward_flops),
         "paper's FLOPs": flops_text(printed),
         "step FLOPs": flops_text(record.step_flops) if record.mode == "train" else NONE,
-        "time": step_time_text(record.step_times_s),
+        "time": texts["step time"],
+        "voxels/s": texts["voxels/s"],
         "paper's time": time.text if time else NONE,
     }
 

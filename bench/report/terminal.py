@@ -35,7 +35,9 @@ _COLUMNS = {
     "reserved": 4,
     "requested": 1,
     "host": 4,
-    "recomputation": 10,
+    "recomputation": 12,
+    "step time": 10,
+    "voxels/s": 11,
     "evidence": 3,
 }
 _SAYS_NOTHING = {"recomputation": ("-", "1.00")}  # in all rows; of other columns, a dash

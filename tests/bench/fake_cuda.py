@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -71,6 +72,9 @@ class FakeCuda:
     def process_bytes(self) -> int:
         """What a driver that sees this process would say of it."""
         return self.context_bytes + self.current["reserved_bytes"]
+
+    def visible(self) -> list[dict[str, Any]]:
+        return [{"name": self.name, "uuid": self.uuid, "memory_bytes": self.total_bytes}]
 
     def memory_stats(self) -> dict[str, int]:
         self.reads_while_busy += not self.synchronized

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -25,6 +26,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     elif behaviour == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1000)
+    elif behaviour == "start":
+        return {**READINGS, "notes": [str(subprocess.Popen(["sleep", "100"]).pid)]}
+    elif behaviour == "fork-SIGSEGV":
+        if os.fork() == 0:
+            time.sleep(100)  # with all of its parent's pipes open
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif behaviour == "close-pipe":
+        os.closerange(3, 100)
+        time.sleep(100)
     elif behaviour == "exit":
         print("the last words", file=sys.stderr)
         os._exit(3)

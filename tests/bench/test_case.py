@@ -37,6 +37,7 @@ FULL: dict[str, Any] = {
     "paper_flops": 20_339_341_715,
     "baseline": "double_conv",
     "position": 5,
+    "card": "t4-16gb",
     "imported": Imported(
         reference="package.module:Net",
         arguments={"width": 8},

@@ -222,6 +222,32 @@ def test_a_time_pass_that_does_not_fit_leaves_the_memory_pass_standing(
     assert "step_times_s: the time pass ran out of memory" in readings["notes"]
 
 
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_time_pass_forgives_want_of_memory_by_any_name_and_nothing_else(
+    cuda: FakeCuda, scripted: Scripted, text: str, memory: bool
+) -> None:
+    workload = scripted(lambda _: None)
+
+    def script(_phase: str) -> None:
+        if workload.steps > 2:
+            raise RuntimeError(text)
+
+    workload.script = script
+
+    if memory:
+        readings = measure(case(steps=2, timed_steps=3), cuda)
+        assert readings["notes"] == ["step_times_s: the time pass ran out of memory"]
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            measure(case(steps=2, timed_steps=3), cuda)
+
+
 def test_pythons_cycle_collector_rests_while_it_measures(
     cuda: FakeCuda, scripted: Scripted
 ) -> None:

@@ -43,9 +43,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     cuda = FakeCuda()
-    device = nvml.Device(index=0, name=cuda.name, uuid=UUID, memory_bytes=cuda.total_bytes)
     monkeypatch.setattr(bench.cuda, "TorchCuda", lambda: cuda)
-    monkeypatch.setattr(nvml, "devices", lambda *_: (device,))
+    monkeypatch.setattr(nvml, "uuids", lambda: (UUID,))
+    monkeypatch.setattr(nvml, "processes", lambda *_: ())
     monkeypatch.setattr(nvml, "device_used_bytes", lambda *_: 3 * MIB)
     monkeypatch.setattr(nvml, "driver_version", lambda *_: "580.159.04")
     return cuda
@@ -83,7 +83,7 @@ def test_a_case_is_measured_with_what_was_used_before_and_the_cap(
 def test_a_gpu_that_nvml_does_not_list_has_no_figure_of_before(
     with_gpu: FakeCuda, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_gpu.uuid = "MIG-1234"
+    with_gpu.uuid = "GPU-5678"
     monkeypatch.setattr(bench.measure, "measure", lambda *_, **named: named)
 
     _, handle = served()
@@ -217,6 +217,7 @@ class Properties:
 def torch_cuda(monkeypatch: pytest.MonkeyPatch) -> TorchCuda:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return TorchCuda()
 
 
@@ -224,6 +225,15 @@ def test_the_uuid_is_written_as_nvml_does(torch_cuda: TorchCuda) -> None:
     assert torch_cuda.uuid == "GPU-d61d4b1c-0000-1111-2222-333344445555"
     assert torch_cuda.device == torch.device("cuda:0")
     assert (torch_cuda.name, torch_cuda.compute_capability) == ("NVIDIA H200", "9.0")
+
+
+def test_the_visible_gpus_are_all_that_torch_counts(
+    torch_cuda: TorchCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    one = {"name": "NVIDIA H200", "uuid": torch_cuda.uuid, "memory_bytes": 150109945856}
+
+    assert torch_cuda.visible() == [one, one]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +264,29 @@ def test_each_question_goes_to_torch_with_the_device(
 
     assert getattr(torch_cuda, method)(*arguments) == answer
     assert calls == [(*arguments, torch.device("cuda:0"))]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "CUDA-capable device(s) is/are busy or unavailable",
+        "unspecified launch failure: GPU is lost",
+    ],
+)
+def test_a_gpu_that_is_lost_or_taken_is_the_users_error(
+    monkeypatch: pytest.MonkeyPatch, refusal: str
+) -> None:
+    def refuse(_: object) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {refusal}\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+
+    with pytest.raises(MembenchError) as caught:
+        TorchCuda()
+    assert str(caught.value).startswith(f"the GPU cannot be used: CUDA error: {refusal}; look at")
+    assert "\n" not in str(caught.value)
 
 
 def test_time_is_between_two_events_and_waits_for_the_second(

@@ -217,6 +217,7 @@ READINGS: dict[str, Any] = {
     "driver version": nvml.driver_version,
     "process memory": lambda notes: nvml.process_bytes("bbbb-2", 42, notes),
     "other processes": lambda notes: nvml.other_processes("bbbb-2", 42, notes),
+    "processes": lambda notes: nvml.processes("bbbb-2", notes),
     "device memory": lambda notes: nvml.device_used_bytes("bbbb-2", notes),
 }
 
@@ -280,3 +281,70 @@ def test_the_package_is_not_installed_when_it_cannot_be_found(
     monkeypatch.setattr(sys, "path", [])
 
     assert not nvml.installed()
+
+
+# -- slices, and a GPU that is lost ----------------------------------------------------------------
+
+
+class Sliced(FakeNvml):
+    """The second GPU is cut into two slices, in the first and the third of four places."""
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:
+        if handle == 0:
+            raise NVMLError("Not Supported")
+        return 4
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, place: int) -> int:
+        assert handle == 1
+        if place not in (0, 2):
+            raise NVMLError("Not Found")
+        return 100 + place
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"MIG-cccc-{handle}" if handle >= 100 else super().nvmlDeviceGetUUID(handle)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int | None = None) -> Any:
+        if handle >= 100:
+            return SimpleNamespace(total=500 * MIB, used=handle * MIB)
+        return super().nvmlDeviceGetMemoryInfo(handle, version)
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> Sliced:
+    module = Sliced()
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    return module
+
+
+@pytest.mark.usefixtures("sliced")
+def test_all_that_a_case_can_run_on_are_gpus_and_slices() -> None:
+    assert nvml.uuids() == ("GPU-aaaa-1", "GPU-bbbb-2", "MIG-cccc-100", "MIG-cccc-102")
+
+
+@pytest.mark.usefixtures("sliced")
+@pytest.mark.parametrize("uuid", ["MIG-cccc-102", "GPU-cccc-102", "cccc-102", "mig-CCCC-102"])
+def test_a_slice_is_read_by_its_uuid_however_it_is_written(uuid: str) -> None:
+    """torch writes a slice's UUID bare, and ``bench.cuda`` puts ``GPU-`` in front of a bare one."""
+    assert nvml.device_used_bytes(uuid) == 102 * MIB
+
+
+class PartlyLost(FakeNvml):
+    """The first GPU has fallen off the bus."""
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index == 0:
+            raise NVMLError("GPU is lost")
+        return index
+
+
+def test_a_lost_gpu_does_not_take_the_others_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", PartlyLost())
+    notes: list[str] = []
+
+    assert [device.uuid for device in nvml.devices(notes)] == ["GPU-bbbb-2"]
+    assert notes == ["GPUs: GPU 0: NVML says: GPU is lost"]
+    assert nvml.device_used_bytes("bbbb-2") == 300 * MIB
+    assert nvml.device_used_bytes("aaaa-1", notes) is None
+    assert notes[-1] == "device memory: NVML lists no GPU aaaa-1; GPU 0: GPU is lost"

@@ -248,3 +248,34 @@ def test_figures_are_written_as_png_and_svg(tmp_path: Path) -> None:
 
 def test_a_picture_that_cannot_be_drawn_is_no_file() -> None:
     assert {name.split(".")[3] for name in figure_files("s", [make_record()])} == {"bars"}
+
+
+def by_size() -> list[Record]:
+    """A plain network at eight sizes, and one that is a fiftieth of it, the baseline."""
+    return [
+        make_record(
+            variant=variant,
+            requested_shape=(side,) * 3,
+            position=place,
+            baseline="small",
+            step_flops=flops,
+            needs_bytes=size * side**3,
+            process_bytes=size * side**3 + GIB // 2,
+        )
+        for place, side in enumerate(range(64, 192, 16))
+        for variant, size, flops in (("small", 100, 4), ("plain", 90_000, 3))
+    ]
+
+
+def test_a_table_of_many_sizes_shows_its_lines_and_limits() -> None:
+    text = page_text("scaling", by_size())
+    assert "Largest input of each size of card, predicted (cuda-shim)." in text
+    assert "<h3>Bytes a voxel</h3>" in text
+    assert "Pareto front plain, small" in text
+
+
+def test_a_baseline_that_others_exceed_many_times_is_compared_by_ratio() -> None:
+    """At 64 voxels a side plain takes 22 GiB, small 0.5: a multiple on a log axis, no saving."""
+    text = page_text("scaling", by_size())
+    assert "memory, x baseline" in text
+    assert ">memory saved</text>" not in text

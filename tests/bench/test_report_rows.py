@@ -43,7 +43,7 @@ def test_needs_and_card_count_the_context() -> None:
 
 
 def test_a_case_that_does_not_fit_says_only_what_is_known() -> None:
-    assert figure_text(Row(oom(needs_bytes=None), None)) == "does not fit 31.5 GiB"
+    assert figure_text(Row(oom(needs_bytes=None), None)) == "> 31.5 GiB, does not fit"
     without_context = oom(parts={"context_bytes": None})
     assert Row(without_context, None).needs_bytes is None
     assert (

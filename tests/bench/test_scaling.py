@@ -123,3 +123,20 @@ def test_sizes_of_one_plane_end_at_a_number_of_slices() -> None:
 def test_a_line_that_does_not_rise_says_nothing_of_limits() -> None:
     assert Line(1.0, 0.0, 0.0).voxels(GIB) == 0
     assert Series(make_record(), ()).line is None
+
+
+def test_a_line_that_hardly_rises_has_its_largest_side_at_once() -> None:
+    """A byte in 10^15 voxels: 10^8 and more voxels a side, which nobody could count up to."""
+    records = [
+        make_record(requested_shape=(side,) * 3, needs_bytes=GIB + extra, shape=(side,) * 3)
+        for extra, side in enumerate((100_000, 200_000, 300_000))
+    ]
+    (series,) = make_series(records)
+    shape = largest_shape(series, 80 * GIB, (8, 8, 8))
+    line = series.line
+    assert shape is not None
+    assert line is not None
+    side = shape[0]
+    assert side % 8 == 0
+    assert side**3 <= line.voxels(80 * GIB) < (side + 8) ** 3
+    assert side > 10**7

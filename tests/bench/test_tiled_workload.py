@@ -179,7 +179,6 @@ def test_what_is_not_kept_costs_whole_convolution_passes(keep: list[str], passes
     "other",
     [
         "checkpoint",
-        "checkpoint_budget",
         "checkpoint_selective",
         "offload",
         "optimizer_in_backward",

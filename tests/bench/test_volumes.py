@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,15 @@ def test_an_unknown_data_type_is_told_without_further_output(
     assert refusal(path) == " is truncated or not a NIfTI file: data code 999 not recognized"
     assert capfd.readouterr() == ("", "")
     assert not nibabel.imageglobals.logger.disabled  # other users of nibabel still hear it
+
+
+def test_a_path_that_is_no_file_is_not_called_a_broken_one(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "absent.nii.gz", f"no file {tmp_path / 'absent.nii.gz'} to read"),
+        (tmp_path, f"{tmp_path} is a folder"),
+    ):
+        with pytest.raises(MembenchError, match=re.escape(message)):
+            read_volume(path, path.name)
 
 
 def test_a_file_of_surface_data_is_told(tmp_path: Path) -> None:

@@ -19,8 +19,15 @@ CONVOLUTIONS = {
     "bottleneck": [(I, R, 1, 1), (R, R, 3, 1), (R, O, 1, 1)],
     "sepconv": [(1, I, 3, I), (I, M, 1, 1), (1, M, 3, M), (M, O, 1, 1)],
     "ccblock": [(I, R, 1, 1), (1, R, 3, R), (R, O, 1, 1)],
+    "reversible": [(I, O, 3, 1), (O // 2, O // 2, 3, 1), (O // 2, O // 2, 3, 1)],
 }
-NORMED = {"double_conv": [M, O], "bottleneck": [R, R, O], "sepconv": [M, O], "ccblock": [R, O]}
+NORMED = {
+    "double_conv": [M, O],
+    "bottleneck": [R, R, O],
+    "sepconv": [M, O],
+    "ccblock": [R, O],
+    "reversible": [O, O // 2, O // 2],
+}
 
 
 @pytest.mark.parametrize("spatial_dims", [1, 2, 3])

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.predict.tracer import Tracer
 from memsave import networks
 from memsave.errors import OptionError
-from memsave.recomputed_norm_act import attach_recompute, recompute
+from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute, recompute
 from memsave.techniques import find_technique
 from tests.memsave.kept_bytes import saved_bytes
 from tests.memsave.recompute_twins import (
@@ -185,3 +185,17 @@ def test_the_tracer_of_predictions_sees_the_same_bytes(order: str) -> None:
             del live[event[1]]
     assert at["backward"] - at["forward"] == (3 + 1) * ACTIVATION_BYTES + 2 * STATISTICS_BYTES
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_whoever_reads_the_norms_attributes_still_finds_them() -> None:
+    """As torch's own transformer layer does in evaluation, where it asks for ``norm1.eps``."""
+    torch.manual_seed(0)
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    mine = copy.deepcopy(plain)
+    mine.norm1 = RecomputedNormAct(mine.norm1)  # type: ignore[assignment]
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        assert torch.equal(mine.eval()(x), plain.eval()(x))
+    assert mine.norm1.weight is mine.norm1.norm.weight  # type: ignore[union-attr]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mine.norm1.nothing

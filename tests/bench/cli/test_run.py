@@ -290,6 +290,34 @@ def test_misuse_is_one_line_and_exit_code_2(
     assert not (suite.parent / "results").exists()
 
 
+def test_a_row_with_a_card_of_its_own_is_predicted_for_that_one(suite: Path) -> None:
+    """Its record lies in that card's folder; a card on the command line is for all rows."""
+    text = suite.read_text()
+    row = next(line for line in text.splitlines() if "variant:" in line)
+    suite.write_text(text.replace(row, row.replace("variant:", "card: t4-16gb, variant:", 1), 1))
+    result = predict(suite, "--json")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    here = list(read_records(results_of(suite)))
+    there = list(read_records(results_of(suite, "t4-16gb")))
+    assert {r.card for r in here} == {"v100-32gb"}
+    assert {r.card for r in there} == {"t4-16gb"}
+    assert len(here) + len(there) == len(lines)
+    named = predict(suite, "--card", "p100-16gb")
+    assert named.exit_code == 0, named.output
+    assert len(list(read_records(results_of(suite, "p100-16gb")))) == len(lines)
+
+
+def test_a_row_s_unknown_card_is_named_with_its_line(suite: Path) -> None:
+    text = suite.read_text()
+    row = next(line for line in text.splitlines() if "variant:" in line)
+    suite.write_text(text.replace(row, row.replace("variant:", "card: t4-17gb, variant:", 1), 1))
+    result = predict(suite)
+    assert result.exit_code == 2
+    assert "t4-17gb" in result.stderr
+    assert f"line {text.splitlines().index(row) + 1}" in result.stderr
+
+
 def test_a_results_folder_that_cannot_be_written_is_one_line(suite: Path) -> None:
     (suite.parent / "results").write_text("a file")
     result = predict(suite)
@@ -349,7 +377,7 @@ def test_a_misspelt_option_is_not_folded_when_piped(suite: Path) -> None:
 
 
 def test_a_results_file_is_named_letter_by_letter(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_table([make_record()], Path("my-results/[bold]x.jsonl"))
+    _print_table([make_record()], [Path("my-results/[bold]x.jsonl")])
     assert capsys.readouterr().out.endswith("records: my-results/[bold]x.jsonl\n")
 
 

@@ -1,0 +1,216 @@
+"""``membench max-shape``: the largest volume that trains or predicts on a card."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bench.case import Mode, Precision
+from bench.cli.console import out, user_errors
+from bench.cli.predict import parse_arguments, parse_techniques
+from bench.errors import MembenchError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.case import Case
+    from bench.plan.largest import Grow, Largest
+    from bench.predict.cards import Card
+
+__all__ = ["max_shape"]
+
+_INPLANE = "256x256"
+# The columns of --all-cards where the user names no techniques.
+_COLUMNS = ("", "inplace_abn", "recomputed_norm_act", "checkpoint", "offload")
+
+
+def max_shape(
+    network: Annotated[
+        str,
+        typer.Option(help="One of ours, package.module:factory, or path/to/file.py:factory."),
+    ],
+    card: Annotated[str | None, typer.Option(help="Of this card (see: list cards).")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Instead of a card: 20GiB for the whole process.")
+    ] = None,
+    all_cards: Annotated[
+        bool, typer.Option("--all-cards", help="A table: every card, several techniques.")
+    ] = False,
+    inplane: Annotated[
+        str | None,
+        typer.Option(help=f"x and y, the slices are sought; {_INPLANE} for 3D if left out."),
+    ] = None,
+    isotropic: Annotated[
+        bool, typer.Option("--isotropic", help="Equal sides instead; so always in 2D.")
+    ] = False,
+    techniques: Annotated[
+        str | None, typer.Option(help="checkpoint,inplace_abn; or JSON with their options.")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="fp16 and bf16 are mixed.")] = "fp32",
+    mode: Annotated[Mode, typer.Option(help="Train, or run one forward.")] = "train",
+    arguments: Annotated[
+        str, typer.Option(help='The network\'s options or arguments as JSON: {"classes": 4}.')
+    ] = "{}",
+    loss: Annotated[str | None, typer.Option(help="By name, or module:callable.")] = None,
+    optimizer: Annotated[str, typer.Option(help="By name, or module:callable.")] = "adam",
+    batch: Annotated[int, typer.Option(min=1, help="The batch size.")] = 1,
+    divisor: Annotated[
+        int,
+        typer.Option(min=1, help="Of a network of your own: what its sides are multiples of."),
+    ] = 16,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
+) -> None:
+    """Find the largest volume that fits; exit code 1 if not even the smallest does."""
+    with user_errors():
+        from bench.plan.simulator import Simulator
+
+        if inplane is not None and isotropic:
+            raise MembenchError("--inplane or --isotropic: give one of the two")
+        cards = _cards(card, budget, all_cards)
+        divisors = _divisors(network, arguments, divisor)
+        grow = _grow(inplane, isotropic, divisors)
+        texts = _COLUMNS if techniques is None and all_cards else (techniques or "",)
+        given = {
+            "arguments": arguments,
+            "loss": loss,
+            "optimizer": optimizer,
+            "precision": precision,
+            "mode": mode,
+            "batch_size": batch,
+        }
+        cases = [_case(network, grow(1), text, given) for text in texts]
+        with Simulator(cards[0]) as simulator:
+            rows = _find(cases, cards, grow, simulator, skip_failing=len(cases) > 1)
+        found = [one for row in rows for one in row]
+        _print(found, rows, all_cards=all_cards, json=json)
+    if not any(one.shape for one in found):
+        raise typer.Exit(1)
+
+
+def _cards(card: str | None, budget: str | None, every: bool) -> list[Card]:
+    from bench.cli.plan import chosen_card
+    from bench.predict.cards import all_cards
+
+    if not every:
+        return [chosen_card(card, budget)]
+    if card is not None or budget is not None:
+        raise MembenchError("--all-cards is for every card: leave out --card and --budget")
+    return sorted(all_cards().values(), key=lambda c: c.memory_bytes)
+
+
+def _divisors(network: str, arguments: str, divisor: int) -> tuple[int, ...]:
+    from bench.imported import is_reference
+    from memsave.errors import MemsaveError
+    from memsave.networks import check_options, find_network
+
+    if is_reference(network):
+        return (divisor,) * 3
+    options = parse_arguments(arguments)
+    try:
+        spec = find_network(network)
+        check_options(network, options)
+        return tuple(spec.divisor(options))
+    except MemsaveError as error:
+        raise MembenchError(str(error)) from None
+
+
+def _grow(inplane: str | None, isotropic: bool, divisors: tuple[int, ...]) -> Grow:
+    from bench.plan.largest import cube_of, slices_of
+    from bench.shapes import parse_inplane
+
+    if len(divisors) == 2 and inplane is not None:
+        raise MembenchError("--inplane leaves the slices to be sought; this network is 2D")
+    if isotropic or len(divisors) == 2:
+        return cube_of(divisors)
+    return slices_of(parse_inplane(inplane or _INPLANE), divisors)
+
+
+def _case(network: str, shape: tuple[int, ...], techniques: str, given: dict[str, Any]) -> Case:
+    from bench.named_case import named_case
+
+    return named_case(
+        network,
+        shape="x".join(map(str, shape)),
+        techniques=parse_techniques(techniques),
+        **{**given, "arguments": parse_arguments(given["arguments"])},
+    )
+
+
+def _find(
+    cases: Sequence[Case], cards: Sequence[Card], grow: Grow, simulator: Any, *, skip_failing: bool
+) -> list[list[Largest]]:
+    """Return a row for each case; techniques that the network has no place for have none."""
+    from bench.plan.largest import LargestSearch
+
+    rows: list[list[Largest]] = []
+    for case in cases:
+        search = LargestSearch(case, grow, simulator)
+        try:
+            rows.append([search.find(card) for card in cards])
+        except MembenchError:
+            if not skip_failing or not case.techniques:
+                raise
+    return rows
+
+
+def _print(
+    found: Sequence[Largest], rows: Sequence[Sequence[Largest]], *, all_cards: bool, json: bool
+) -> None:
+    if json:
+        data: Any = [one.to_dict() for one in found]
+        print(json_module.dumps(data if all_cards else data[0]))
+    elif all_cards:
+        out().print(_table(rows))
+        out().print("Predicted, not measured.", markup=False)
+    else:
+        for line in _lines(found[0]):
+            out().print(line, soft_wrap=True, markup=False)
+
+
+def _lines(one: Largest) -> list[str]:
+    from bench.shapes import format_shape
+    from bench.units import format_bytes
+
+    techniques = "+".join(use.name for use in one.case.techniques) or "no techniques"
+    what = f"{one.case.network}, {techniques}, {one.case.precision}, {one.case.mode}"
+    if one.shape is None:
+        smallest = format_shape(one.case.shape)
+        needs = format_bytes(one.record.needs_bytes or 0)
+        has = format_bytes(one.card.capacity_bytes)
+        line = f"{what}: nothing fits {one.card.name}; {smallest} needs {needs} of the caching "
+        return [line + f"allocator, there are {has} (predicted)"]
+    reserved = format_bytes(one.record.peak_reserved_bytes or 0)
+    process = format_bytes(one.record.process_bytes or 0)
+    lines = [
+        f"{what}: {format_shape(one.shape)} fits {one.card.name} (predicted)",
+        f"  peak reserved {reserved}, of the process {process}",
+    ]
+    if one.next_shape is not None:
+        lines.append(f"  the next one, {format_shape(one.next_shape)}, does not fit")
+    if one.reached_limit:
+        lines.append("  larger ones were not tried: membench takes no larger shape")
+    if not one.monotonic:
+        lines.append("  but the one after that does: memory is not monotonic here")
+    return lines
+
+
+def _table(rows: Sequence[Sequence[Largest]]) -> Any:
+    from rich.table import Table
+
+    from bench.shapes import format_shape
+
+    first = rows[0][0].case
+    table = Table(
+        title=f"largest volumes of {first.network}, {first.precision}, {first.mode}",
+        title_justify="left",
+    )
+    table.add_column("card")
+    for row in rows:
+        names = "+".join(use.name for use in row[0].case.techniques)
+        table.add_column(names or "no techniques", justify="right")
+    for of_card in zip(*rows, strict=True):
+        shapes = [format_shape(one.shape) if one.shape else "none" for one in of_card]
+        table.add_row(of_card[0].card.name, *shapes)
+    return table

@@ -1,0 +1,1 @@
+"""What makes a volume fit a card: combinations of techniques, simulated and put in order."""
