@@ -216,8 +216,8 @@ def _byte_fields(cls: type) -> tuple[str, ...]:  # asked for every holder of eve
 
 
 def _whole(name: str, value: object) -> int:
-    if type(value) is not int:  # True is an int too
-        raise ValueError(f"{name} is {value!r}, not a whole number")
+    if type(value) is not int or value < 0:  # True is an int too
+        raise ValueError(f"{name} is {value!r}, not a whole number from 0 on")
     return value
 
 

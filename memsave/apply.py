@@ -163,6 +163,8 @@ def _apply(
 
 def _entries(techniques: Any) -> tuple[tuple[Technique, Any], ...]:
     """Read the techniques and their options, each once."""
+    if not isinstance(techniques, str | Mapping | Sequence):
+        raise OptionError(f"techniques are a list of names, as ['inplace_abn'], got {techniques!r}")
     given = [techniques] if isinstance(techniques, str | Mapping) else list(techniques)
     entries: list[tuple[Technique, Any]] = []
     for entry in given:

@@ -16,6 +16,7 @@ from bench.shapes import MAX_SIDE, MAX_VOXELS, Shape
 
 __all__ = ["Largest", "LargestSearch", "cube_of", "slices_of"]
 
+_TRIED_SMALLEST = 4  # of the smallest shapes, until one is taken
 Grow = Callable[[int], Shape]  # from a number of steps to a shape; more steps, no side smaller
 
 
@@ -86,10 +87,10 @@ class LargestSearch:
 
         Errors: MembenchError where the case cannot be simulated.
         """
-        first = self._record(1, card)
-        if first.status != "ok":
-            return self._answer(card, 0, first)
-        fits, fails = 1, self._limit() + 1
+        least = self._least(card)
+        if self._record(least, card).status != "ok":
+            return self._answer(card, 0, self._record(least, card))
+        fits, fails = least, self._limit() + 1
         while fails - fits > 1:
             steps = self._guess(card, fits, fails)
             if self._record(steps, card).status == "ok":
@@ -98,15 +99,28 @@ class LargestSearch:
                 fails = steps
         return self._answer(card, fits, self._record(fits, card))
 
+    def _least(self, card: Card) -> int:
+        """Return the fewest steps that the network takes at all.
+
+        A batch norm refuses one value a channel, as the coarsest level of the smallest cube has.
+        """
+        for steps in range(1, _TRIED_SMALLEST):
+            try:
+                self._record(steps, card)
+            except MembenchError:
+                continue
+            return steps
+        return _TRIED_SMALLEST  # its error is the one to see
+
     def _answer(self, card: Card, fits: int, record: Record) -> Largest:
         limit = self._limit()
-        beyond = fits + 2 <= limit and self._record(fits + 2, card).status == "ok"
+        beyond = 0 < fits <= limit - 2 and self._record(fits + 2, card).status == "ok"
         return Largest(
             card=card,
-            case=self._at(max(1, fits)),
+            case=self._at(fits or self._least(card)),
             shape=self._grow(fits) if fits else None,
             record=record,
-            next_shape=self._grow(fits + 1) if fits < limit else None,
+            next_shape=self._grow(fits + 1) if 0 < fits < limit else None,
             monotonic=not beyond,
             reached_limit=fits >= limit,
         )

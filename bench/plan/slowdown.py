@@ -1,10 +1,10 @@
 """How much longer a step takes than that of the same network with everything kept: an estimate.
 
 Measured step times are used where results hold them. Otherwise the time is made up of FLOPs, of
-bytes that a technique moves through device memory, and of bytes that it moves to the host and back,
-as far as the computation does not hide those. The rates are constants that stand below, chosen
-for the order of magnitude of one current card with a PCIe 4.0 x16 link, and not calibrated: their
-ratios decide, and a card that differs in them gives other slowdowns.
+activations written and read in device memory, with what a technique adds to them, and of bytes
+moved to the host and back, as far as the rest does not hide those. The rates are constants that
+stand below, chosen for the order of magnitude of one current card with a PCIe 4.0 x16 link, and not
+calibrated: their ratios decide, and a card that differs in them gives other slowdowns.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ __all__ = ["measured_times", "predicted_slowdown"]
 FLOPS_PER_S = {"fp32": 3.0e13, "fp16": 6.0e13, "bf16": 6.0e13}
 DEVICE_BYTES_PER_S = 8.0e11
 HOST_BYTES_PER_S = 2.0e10  # of the 32 GB/s of a PCIe 4.0 x16 link, one way
+# Any step writes its activations and reads them in forward; backward reads them again, writes their
+# gradients and reads those.
+_FORWARD_PASSES, _BACKWARD_PASSES = 2.0, 3.0
 # Reads and writes of all activations that a technique adds and whose FLOPs are not counted.
 _PASSES = {
     "recomputed_norm_act": 1.0,  # half of them are read, half written again
@@ -42,14 +45,18 @@ def predicted_slowdown(record: Record, plain: Record) -> float | None:
     if not plain.step_flops:
         return None
     kept = (plain.needs_bytes or 0) - _STATE_BYTES_PER_PARAMETER * (plain.parameters or 0)
-    passes = sum(_PASSES.get(name, 0.0) for name in record.techniques)
-    rate = FLOPS_PER_S[record.precision]
-    forward_s = (record.forward_flops or 0) / rate
-    backward_s = ((record.step_flops or 0) - (record.forward_flops or 0)) / rate
-    backward_s += passes * max(0, kept) / DEVICE_BYTES_PER_S
-    host_s = (record.peak_host_bytes or 0) / HOST_BYTES_PER_S
-    time_s = max(forward_s, host_s) + max(backward_s, host_s)
-    return time_s / (plain.step_flops / rate)
+    added = sum(_PASSES.get(name, 0.0) for name in record.techniques)
+    return _time_s(record, max(0, kept), added) / _time_s(plain, max(0, kept), 0.0)
+
+
+def _time_s(record: Record, kept_bytes: int, added_passes: float) -> float:
+    rate, forward = FLOPS_PER_S[record.precision], record.forward_flops or 0
+    pass_s = kept_bytes / DEVICE_BYTES_PER_S
+    forward_s = forward / rate + _FORWARD_PASSES * pass_s
+    backward_s = ((record.step_flops or 0) - forward) / rate
+    backward_s += (_BACKWARD_PASSES + added_passes) * pass_s
+    host_s = (record.peak_host_bytes or 0) / HOST_BYTES_PER_S  # each way
+    return max(forward_s, host_s) + max(backward_s, host_s)
 
 
 def measured_times(folder: Path, card: str) -> Mapping[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def suite_text(proposals: Sequence[Proposal], card: str | None, title: str) -> s
     head = (
         "# Written by membench plan: its best proposals, the best first. Run: membench run FILE\n"
     )
-    return head + str(yaml.safe_dump(suite, sort_keys=False))
+    copied = json.loads(json.dumps(suite))  # no list twice: YAML would write an alias
+    return head + str(yaml.safe_dump(copied, sort_keys=False))
 
 
 def _row(case: Case) -> dict[str, Any]:

@@ -235,8 +235,8 @@ def _time_notes(records: Sequence[Record]) -> list[str]:
         return []
     counts = sorted({len(times) for times in timed})
     meaning = (
-        f"step time: median of {' or '.join(map(str, counts))} measured steps after a warm-up; IQR: "
-        "the interquartile range, within which half of them lie. voxels/s: of the batch as run."
+        f"step time: median of {' or '.join(map(str, counts))} measured steps after a warm-up; "
+        "IQR: within it lie the middle half of them. voxels/s: of the whole batch, as run."
     )
     lines = [meaning]
     if any(found is not None and found.noisy for found in map(timing, timed)):

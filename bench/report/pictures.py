@@ -70,7 +70,7 @@ def _timeline(table: Table) -> Picture:
     rows = timeline_rows(table)
     title = "Memory over the steps"
     if not rows:
-        why = "None of these records has a timeline: measured ones carry none."
+        why = "None of these records has a timeline: measured and older ones carry none."
         return Picture("timeline", title, why, why, None)
     cases = sum(row.record.timeline is not None for row in table.rows)
     rest = f" {len(rows)} of {cases} cases, at the largest inputs." if len(rows) < cases else ""

@@ -97,16 +97,17 @@ def _decide_in_place(
         _bad_norm(norm),
         None if _asks_to_reorder(pair) else pair.not_over_input,
         pair.result_overwritten,
-        pair.result_leaves,
     ]
     against = [refusal for refusal in refusals if refusal is not None]
     if isinstance(fused, Refusal) or against:
         reasons = "; ".join(refusal.reason for refusal in against)
         return Refusal(reasons, any(refusal.wrong for refusal in against))
+    remarks = [fused.remark]
     if pair.order == "activation_norm":
-        swapped = "the norm comes first now, which changes what the network computes"
-        fused = replace(fused, remark="; ".join(filter(None, (fused.remark, swapped))))
-    return fused
+        remarks.append("the norm comes first now, which changes what the network computes")
+    if pair.result_leaves:
+        remarks.append("its result is the model's own: backward overwrites it, so read it before")
+    return replace(fused, remark="; ".join(filter(None, remarks)))
 
 
 def _asks_to_reorder(pair: Pair) -> bool:

@@ -104,7 +104,7 @@ class Pair:
     activation: Activation | None
     not_over_input: Refusal | None  # why the norm's input must not be overwritten
     result_overwritten: Refusal | None  # by a later operation in place
-    result_leaves: Refusal | None  # it is one of the model's own results
+    result_leaves: bool  # it is one of the model's own results
     direct: bool  # no layer that does nothing stands between the norm and its activation
     before: Activation | None  # an activation that makes the norm's input, left in its place
     producers: tuple[Call | None, ...]  # of the input, one for each call
@@ -141,7 +141,7 @@ def find_pair(
         activation=activation,
         not_over_input=_first(_not_over_input(flow, call, order) for flow, call in calls),
         result_overwritten=_first(_overwritten(call, order) for _, call in calls),
-        result_leaves=_first(_leaves(flow, call, order) for flow, call in calls),
+        result_leaves=any(_leaves(flow, call, order) for flow, call in calls),
         direct=not any(call.result is not None and call.result.handed_on for _, call in calls),
         before=_before(calls[0][1], order, model),
         producers=tuple(_source(call, order).producer for _, call in calls),
@@ -264,11 +264,9 @@ def _overwritten(call: Call, order: Order) -> Refusal | None:
     return None
 
 
-def _leaves(flow: Dataflow, call: Call, order: Order) -> Refusal | None:
+def _leaves(flow: Dataflow, call: Call, order: Order) -> bool:
     result = _final_result(call, order)
-    if result is not None and result.is_result and flow.part is None:
-        return Refusal("its result is the model's own, which backward would overwrite", wrong=True)
-    return None
+    return result is not None and result.is_result and flow.part is None
 
 
 def _saved_bytes(

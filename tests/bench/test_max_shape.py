@@ -123,6 +123,19 @@ def test_a_failing_case_is_an_error() -> None:
         search(Failing(lambda _shape: 0)).find(capacity(MIB))
 
 
+def test_a_smallest_shape_that_the_network_refuses_is_passed_over() -> None:
+    class Refuses(Formula):
+        def _record(self, case: Case, card: Card) -> Record:
+            if case.shape[2] == 8:
+                return make_record(status="failed", reason="one value", process_bytes=None)
+            return super()._record(case, card)
+
+    finder = search(Refuses(lambda shape: shape[2] * MIB))
+
+    assert finder.find(capacity(100 * MIB)).shape == (64, 64, 96)
+    assert finder.find(replace(capacity(9 * MIB), name="less-1gb")).shape is None
+
+
 def test_cubes_need_divisors_that_divide_one_another() -> None:
     assert cube_of((8, 8, 4))(3) == (24, 24, 24)
     with pytest.raises(MembenchError, match="--inplane"):

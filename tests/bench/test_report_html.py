@@ -146,7 +146,7 @@ def test_predicted_bars_are_hatched_and_measured_ones_are_not(page: str) -> None
 
 def test_what_is_not_drawn_is_said() -> None:
     text = page_text("one", [make_record(**MEASURED)])
-    assert "None of these records has a timeline: measured ones carry none." in text
+    assert "None of these records has a timeline: measured and older ones carry none." in text
     assert "No case has a second size to be compared with." in text
     assert "No case can be set against a baseline. Left out: baseline (no FLOPs counted)." in text
 

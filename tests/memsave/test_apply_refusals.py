@@ -107,7 +107,6 @@ WRONG: list[tuple[Forward, str]] = [
     (_sum_over_read, "what was there before is also read by relu|also read by i?add"),
     (_alias_read, "also read by add in the forward"),
     (_result_overwritten, "its result is overwritten by i?add"),
-    (_result_returned, "its result is the model's own, which backward would overwrite"),
 ]
 
 
@@ -122,6 +121,20 @@ def test_a_norm_that_must_not_work_in_place_is_refused_and_the_model_untouched(
         memsave.apply(model, ["inplace_abn"], example_inputs=example)
     assert repr(model) == before
     assert type(model.norm) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["run", "symbols"])
+def test_a_result_of_the_models_own_is_replaced_and_said_to_be_overwritten(
+    example: Tensor | None,
+) -> None:
+    """Its gradients are right: what reads the result has run backward when the norm's begins."""
+    torch.manual_seed(0)
+    model = Custom(_result_returned)
+    plain = copy.deepcopy(model)
+    applied = memsave.apply(model, ["inplace_abn"], example_inputs=example)
+    (change,) = applied.replaced
+    assert change.reason.endswith("backward overwrites it, so read it before")
+    compare(model, plain, torch.randn(2, 3, 8, 8), atol=IN_PLACE_ATOL, gradient_share=0.01)
 
 
 @pytest.mark.parametrize("example", [X, None], ids=["run", "symbols"])
