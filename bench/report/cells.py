@@ -236,7 +236,7 @@ def _time_notes(records: Sequence[Record]) -> list[str]:
     counts = sorted({len(times) for times in timed})
     meaning = (
         f"step time: median of {' or '.join(map(str, counts))} measured steps after a warm-up; "
-        "IQR: within it lie the middle half of them. voxels/s: of the whole batch, as run."
+        "IQR: within it lies the middle half of them. voxels/s: of the whole batch, as run."
     )
     lines = [meaning]
     if any(found is not None and found.noisy for found in map(timing, timed)):

@@ -44,7 +44,7 @@ def test_cards_are_one_unwrapped_line_each_when_piped() -> None:
     assert result.exit_code == 0
     assert first_words(result.stdout) == list(all_cards())
     assert (
-        "v100-32gb       Tesla V100-SXM2-32GB        7.0   31.7 GiB   31.4 GiB   no\n"
+        "v100-32gb          Tesla V100-SXM2-32GB            7.0   31.7 GiB   31.4 GiB   no\n"
         in result.stdout
     )
 
