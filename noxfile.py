@@ -30,7 +30,8 @@ def install(session: nox.Session, *groups: str, package: bool = True) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; those that need a GPU skip without one. Arguments go to pytest."""
     install(session, "test")
-    session.run("python", "-m", "pytest", *session.posargs)
+    # Most of a test's time is a child that imports torch: one of them for each core.
+    session.run("python", "-m", "pytest", "-n", "auto", *session.posargs)
 
 
 @nox.session

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._cublas_seen = False
         self._recording = True
         self.flops = FlopCount()
-        self._engine_adds = EngineAdds("cuda:0" if device_type == "cuda" else device_type)
+
+    def __enter__(self) -> Self:
+        """Begin; here and not before, fake tensors are there for the engine to be asked about."""
+        self._engine_adds = EngineAdds("cuda:0" if self.device_type == "cuda" else self.device_type)
+        entered: Self = super().__enter__()  # type: ignore[no-untyped-call]
+        return entered
 
     def __torch_dispatch__(
         self,
