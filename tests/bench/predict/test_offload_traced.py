@@ -15,8 +15,8 @@ from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import simulate
 from bench.predict.cards import find_card
 from bench.predict.predictor import predict, trace_case, trace_case_folded
-from bench.predict.traced_streams import TracedStreams, peak_host_bytes
 from bench.predict.step_trace import Event
+from bench.predict.traced_streams import TracedStreams, peak_host_bytes
 from bench.predict.tracer import Tracer
 from bench.predict.workspaces import fill_workspaces
 from memsave.streams import use_streams
