@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bench.case import Mode, Precision
+from bench.case import Precision
 from bench.cli.console import out, user_errors
-from bench.cli.predict import parse_arguments, parse_techniques
+from bench.cli.network_options import (
+    ModeOption,
+    OptimizerOption,
+    parse_arguments,
+    parse_techniques,
+)
 from bench.errors import MembenchError
 
 if TYPE_CHECKING:
@@ -49,12 +54,12 @@ def max_shape(
         str | None, typer.Option(help="checkpoint,inplace_abn; or JSON with their options.")
     ] = None,
     precision: Annotated[Precision, typer.Option(help="fp16 and bf16 are mixed.")] = "fp32",
-    mode: Annotated[Mode, typer.Option(help="Train, or run one forward.")] = "train",
+    mode: ModeOption = "train",
     arguments: Annotated[
         str, typer.Option(help='The network\'s options or arguments as JSON: {"classes": 4}.')
     ] = "{}",
     loss: Annotated[str | None, typer.Option(help="By name, or module:callable.")] = None,
-    optimizer: Annotated[str, typer.Option(help="By name, or module:callable.")] = "adam",
+    optimizer: OptimizerOption = "adam",
     batch: Annotated[int, typer.Option(min=1, help="The batch size.")] = 1,
     divisor: Annotated[
         int,

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from bench.case import Mode, Precision
+from bench.case import Precision
 from bench.cli.console import err, out, user_errors
-from bench.cli.predict import parse_arguments
+from bench.cli.network_options import (
+    ModeOption,
+    OptimizerOption,
+    TargetOption,
+    parse_arguments,
+)
 from bench.errors import MembenchError
 
 if TYPE_CHECKING:
@@ -45,15 +50,13 @@ def plan(
         str, typer.Option(help='The network\'s options or arguments as JSON: {"classes": 4}.')
     ] = "{}",
     loss: Annotated[str | None, typer.Option(help="By name, or module:callable.")] = None,
-    optimizer: Annotated[str, typer.Option(help="By name, or module:callable.")] = "adam",
+    optimizer: OptimizerOption = "adam",
     precision: Annotated[
         str, typer.Option(help="Those to try, from fp32, fp16 and bf16.")
     ] = "fp32,fp16",
-    mode: Annotated[Mode, typer.Option(help="Train, or run one forward.")] = "train",
+    mode: ModeOption = "train",
     batch: Annotated[int, typer.Option(min=1, help="With --shape: the batch size.")] = 1,
-    target: Annotated[
-        str | None, typer.Option(help="Like --input; by default class indices as the loss needs.")
-    ] = None,
+    target: TargetOption = None,
     allow_architecture: Annotated[
         bool,
         typer.Option("--allow-architecture", help="Also compact blocks and pocket widths."),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.case import Mode, Precision, TechniqueUse
+from bench.case import Precision
 from bench.cli.console import out, user_errors
-from bench.errors import MembenchError
+from bench.cli.network_options import (
+    ModeOption,
+    OptimizerOption,
+    TargetOption,
+    parse_arguments,
+    parse_techniques,
+)
 
 if TYPE_CHECKING:
     from bench.prediction import Prediction
 
-__all__ = ["parse_arguments", "parse_techniques", "predict"]
+__all__ = ["predict"]
 
 _DEFAULT_CARD = "a100-80gb"  # bench.prediction's, which imports more than --help should
 
@@ -38,7 +43,7 @@ def predict(
     loss: Annotated[
         str | None, typer.Option(help="A loss by name, or module:callable; sum if left out.")
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="By name, or module:callable.")] = "adam",
+    optimizer: OptimizerOption = "adam",
     card: Annotated[str, typer.Option(help="Predict for this card (see: list cards).")] = (
         _DEFAULT_CARD
     ),
@@ -46,12 +51,10 @@ def predict(
     techniques: Annotated[
         str, typer.Option(help="checkpoint,inplace_abn; or JSON with their options.")
     ] = "",
-    mode: Annotated[Mode, typer.Option(help="Train, or run one forward.")] = "train",
+    mode: ModeOption = "train",
     batch: Annotated[int, typer.Option(min=1, help="With --shape: the batch size.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps that memory is taken over.")] = 2,
-    target: Annotated[
-        str | None, typer.Option(help="Like --input; by default class indices as the loss needs.")
-    ] = None,
+    target: TargetOption = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Also say who holds the bytes at the peak.")
     ] = False,
@@ -90,37 +93,6 @@ def predict(
         _print(prediction, explain, json)
     if prediction.status != "ok":
         raise typer.Exit(1)
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """Return the JSON object that ``text`` is.
-
-    Errors: MembenchError for anything else.
-    """
-    try:
-        data = json_module.loads(text)
-    except json_module.JSONDecodeError as error:
-        raise MembenchError(f"--arguments {text!r} is no JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise MembenchError(f'--arguments {text!r} is no JSON object: write {{"name": value}}')
-    return data
-
-
-def parse_techniques(text: str) -> tuple[TechniqueUse, ...]:
-    """Return the techniques of ``a,b``, or of JSON: ``["a", {"checkpoint": {"every": 2}}]``.
-
-    Errors: MembenchError for names and options that do not exist.
-    """
-    from bench.prediction import technique_uses
-
-    stripped = text.strip()
-    if not stripped.startswith(("[", "{")):
-        return technique_uses([name.strip() for name in stripped.split(",") if name.strip()])
-    try:
-        data = json_module.loads(stripped)
-    except json_module.JSONDecodeError as error:
-        raise MembenchError(f"--techniques {text!r} is no JSON: {error}") from None
-    return technique_uses(data)
 
 
 def _print(prediction: Prediction, explain: bool, json: bool) -> None:
