@@ -38,7 +38,7 @@ class EngineAdds:
 
     def operator(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Return what the engine would run unwatched: ``func``, or its in-place form."""
-        if func is _ADD and self._added_by_engine(args) and self._may_overwrite(args[0]):
+        if func is _ADD and self._added_by_engine(args) and self._may_overwrite(args):
             return _ADD_IN_PLACE
         return func
 
@@ -59,8 +59,8 @@ class EngineAdds:
         storage = args[0].untyped_storage()._cdata
         return self._makers.get(storage, _NO_NODE) != _current_node()
 
-    def _may_overwrite(self, gradient: Tensor) -> bool:
-        return _uses(gradient) == self._sole_uses and _is_dense(gradient)
+    def _may_overwrite(self, args: tuple[Any, ...]) -> bool:
+        return _uses(args) == self._sole_uses and _is_dense(args[0])
 
 
 _NO_NODE = -1
@@ -100,30 +100,33 @@ def _called_by_python() -> bool:
     return False
 
 
-def _uses(gradient: Tensor) -> tuple[int, int]:
-    """Return how many references there are to the tensor and to its storage, ours included."""
-    counted: Any = gradient
-    of_storage = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
-    return int(counted._use_count()), int(of_storage)
+def _uses(args: tuple[Any, ...]) -> tuple[int, int, int]:
+    """Return how many references there are to the first of ``args``, ours included.
+
+    Torch's to the tensor and to its storage; and Python's, all of which are one to torch, so no
+    name here may hold the tensor itself.
+    """
+    of_storage = torch._C._storage_Use_Count(args[0].untyped_storage()._cdata)
+    return int(args[0]._use_count()), int(of_storage), sys.getrefcount(args[0])
 
 
 class _Probe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reads ``_uses`` of a gradient that the engine alone holds."""
 
-    uses = (0, 0)
+    uses = (0, 0, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ADD and torch._C._current_graph_task_id() != -1:
-            self.uses = _uses(args[0])
+            self.uses = _uses(args)
         return func(*args, **(kwargs or {}))
 
 
-def _sole_uses(device: str) -> tuple[int, int]:
+def _sole_uses(device: str) -> tuple[int, int, int]:
     """Return what ``_uses`` gives, on this torch, for a gradient that nothing else holds."""
     with torch.enable_grad():
         read_twice = torch.ones(1, device=device, requires_grad=True) * 1
         end = read_twice.sin() + read_twice.cos()
     with _Probe() as probe:  # type: ignore[no-untyped-call]
         torch.autograd.grad(end, read_twice)
-    uses: tuple[int, int] = probe.uses
+    uses: tuple[int, int, int] = probe.uses
     return uses
