@@ -70,10 +70,11 @@ def read_environment(
 def allocator_settings() -> str:
     """Return what torch's caching allocator is told, "" when it is told nothing.
 
-    ``PYTORCH_ALLOC_CONF`` goes before its older name ``PYTORCH_CUDA_ALLOC_CONF``, as in torch.
+    The older name ``PYTORCH_CUDA_ALLOC_CONF`` goes before ``PYTORCH_ALLOC_CONF``, even where it is
+    empty: so torch 2.11 and 2.13 read them.
     """
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+    older = os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    return os.environ.get("PYTORCH_ALLOC_CONF", "") if older is None else older
 
 
 def _cudnn_version() -> str | None:

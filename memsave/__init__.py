@@ -26,7 +26,7 @@ from memsave.recompute_pairs import recompute_pair, recompute_pairs
 from memsave.recomputed_norm_act import RecomputedNormAct, attach_recompute, recompute
 from memsave.reversible import ReversibleBlock, ReversibleSequence, reversible_conv_block
 from memsave.techniques import TECHNIQUES, Technique, find_technique
-from memsave.tiled import TiledFCN, TiledLevelsOptions, tile_levels
+from memsave.tiled import TiledLevelsOptions, TiledUNet, UNetLayout, UNetLevel, tile_levels
 
 __all__ = [
     "FCN",
@@ -48,8 +48,10 @@ __all__ = [
     "ReversibleBlock",
     "ReversibleSequence",
     "Technique",
-    "TiledFCN",
     "TiledLevelsOptions",
+    "TiledUNet",
+    "UNetLayout",
+    "UNetLevel",
     "UnknownNameError",
     "apply",
     "attach_recompute",

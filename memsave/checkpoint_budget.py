@@ -19,9 +19,16 @@ from memsave.block_costs import BlockCosts, measure_blocks
 from memsave.checkpoint import _Checkpointed, _in_order, _run, checkpoint_block
 from memsave.checkpoint_selective import _Selective
 from memsave.errors import OptionError, RefusedError
-from memsave.placement import Placement, Segment, least_peak, peak_of, place
+from memsave.placement import Placement, Segment, least_peak, peak_of, place, trade_offs
 
-__all__ = ["budget_bytes", "check_budget", "checkpoint_budget", "is_budgeted", "plan_checkpoints"]
+__all__ = [
+    "budget_bytes",
+    "budget_choices",
+    "check_budget",
+    "checkpoint_budget",
+    "is_budgeted",
+    "plan_checkpoints",
+]
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _KEPT_PLANS = 64  # input shapes whose placement is remembered
@@ -95,8 +102,32 @@ def plan_checkpoints(
             f"{_gib(plain)} are needed with none, {_gib(least)} at least: "
             f"take a budget of {least} bytes or more"
         )
+    return _with_base(found, costs)
+
+
+def _with_base(found: Placement, costs: BlockCosts) -> Placement:
     return Placement(
         segments=found.segments, peak_bytes=found.peak_bytes + costs.base_bytes, cost=found.cost
+    )
+
+
+def budget_choices(model: nn.Module) -> tuple[Placement, ...]:
+    """Return the placements that budgets can ask of ``model``, for the inputs that it met last.
+
+    ``model`` is one that ``checkpoint_budget`` has changed, or holds one, and that has run with
+    gradients. Least cost first, the first recomputing nothing; the peak of each, in bytes, is the
+    budget that asks for it. Raises OptionError for a model of which nothing has been measured.
+    """
+    for part in model.modules():
+        for planner in _planners(part):
+            if planner.measured is not None:
+                costs, longest = planner.measured
+                return tuple(
+                    _with_base(found, costs) for found in trade_offs(costs.blocks, longest=longest)
+                )
+    raise OptionError(
+        f"{type(model).__name__} has not been measured: call checkpoint_budget, then run the model "
+        "once with gradients"
     )
 
 
@@ -122,8 +153,12 @@ def check_budget(budget: str | int | None, share: float | None) -> None:
 
 def is_budgeted(model: nn.Module) -> bool:
     """Return whether ``checkpoint_budget`` has been called for ``model``."""
-    hooked = any(isinstance(hook, _Planner) for hook in model._forward_pre_hooks.values())
-    return hooked or isinstance(model, _Budgeted)
+    return bool(_planners(model))
+
+
+def _planners(model: nn.Module) -> list[_Planner]:
+    own = [model.planner] if isinstance(model, _Budgeted) else []
+    return own + [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _Planner)]
 
 
 class _Planner:
@@ -132,6 +167,7 @@ class _Planner:
     def __init__(self, names: tuple[str, ...], budget: int | None, share: float | None) -> None:
         self.names, self.budget, self.share = names, budget, share
         self.plans: dict[Any, Placement] = {}
+        self.measured: tuple[BlockCosts, int | None] | None = None  # last, and the longest region
         self.measuring = False  # the model's own forward runs, as it is without checkpoints
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -164,6 +200,7 @@ class _Planner:
                 costs = measure_blocks(model, self.names, args, kwargs, joined=longest != 1)
             finally:
                 self.measuring = False
+            self.measured = costs, longest
             while len(self.plans) >= _KEPT_PLANS:
                 del self.plans[next(iter(self.plans))]
             self.plans[key] = plan_checkpoints(costs, self.budget, self.share, longest=longest)

@@ -4,7 +4,8 @@ Source: Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory
 of DNNs", CVPR 2018, arXiv:1712.02616. Names and defaults are those of its reference
 implementation, so that its users change an import. How backward works is told in
 ``memsave/in_place_norm.py``; the arithmetic is in ``memsave/kernels`` for CUDA, and in
-``memsave/in_place_abn_maths.py`` for what they do not take.
+``memsave/in_place_abn_maths.py`` and ``memsave/in_place_backward_maths.py`` for what they do not
+take.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ def in_place_abn(
         a channel; BatchNorm and activation keep ``x.nbytes`` more. On CUDA neither forward nor
         backward has a temporary of an activation's size, only partial sums, at most a few thousand
         numbers or two a channel. The plain maths (CPU, float64, places at uneven distances) has
-        none in forward; in backward it works on some channels at a time, with two temporaries of
-        ``x.nbytes / 8`` each (or of 2^20 elements, if that is more), three where these channels
-        do not lie side by side as the statistics' type: several samples, half precision, channels
-        last (there of 16 channels at least).
+        none in forward; in backward it works on some channels at a time, or on some places where
+        they lie channels last, with one temporary of ``x.nbytes / 8`` (or of 2^22 elements, if
+        that is more), two where these do not lie side by side as the statistics' type: several
+        samples, half precision, channels last (there of an eighth of a sample).
     Exact: the result is that of BatchNorm with weight ``|weight| + eps`` and the activation: bit
         for bit with leaky ReLU in the plain maths, within a rounding of the type on CUDA. For the
         gradients xhat is read off the result, which gives it within ``2 u (|xhat| + |bias| / g)``,

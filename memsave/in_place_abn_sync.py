@@ -38,8 +38,8 @@ class InPlaceABNSync(InPlaceABN):
     are those of the process's own share, which ``DistributedDataParallel`` then averages, as with
     ``nn.SyncBatchNorm``. Processes may have shares of different sizes, or none.
 
-    Memory: as ``InPlaceABN``; the plain maths needs one temporary more in backward. Exchanged are
-        ``2 C + 1`` numbers forward, gathered, and ``2 C`` backward, summed.
+    Memory: as ``InPlaceABN``; the plain maths has two temporaries of that size in backward.
+        Exchanged are ``2 C + 1`` numbers forward, gathered, and ``2 C`` backward, summed.
     Exact, Errors: as ``InPlaceABN``; more than one value a channel is needed in all processes
         together.
 

@@ -37,9 +37,9 @@ def in_place_group_norm(
         ``weight`` and ``bias`` ``(C,)``, of a wider type than ``x`` if wanted.
     Memory: keeps z, ``x.nbytes`` bytes, which the next layer keeps anyway, and 1/std, ``N * G``
         numbers; group norm and activation keep ``x.nbytes`` more. On CUDA no temporary of an
-        activation's size, as in ``in_place_abn``; the plain maths works on some groups of a sample
-        at a time, in backward with temporaries as there, of ``x[0].nbytes / 8`` or of one group,
-        and in forward, for half precision, with one such in float32.
+        activation's size, as in ``in_place_abn``; the plain maths has temporaries as there, for a
+        group larger than one of them too, which then takes two, and in forward one such where
+        values do not lie densely as the statistics' type: half precision, slices.
     Exact: within the bounds of ``in_place_abn``, whose inversion it shares.
     Errors: InputError if ``x`` is not floating point, has the wrong channels or but one value a
         group, is expanded, or is a leaf that requires grad, and where ``x`` itself is used

@@ -18,11 +18,11 @@ from torch.library import custom_op
 from memsave.in_place_abn_maths import (
     Activation,
     activate_,
-    backward_,
     compute_dtype,
     normalise_,
     scale_and_shift,
 )
+from memsave.in_place_backward_maths import backward_
 from memsave.in_place_group_maths import backward_groups_, normalise_groups_
 from memsave.kernels.tiles import Tiling, collapse, kernels_run, kernels_serve, tile
 
@@ -118,12 +118,12 @@ def in_place_norm_backward_(
     scale, shift = scale_and_shift(z, weight, bias, eps)
     act = cast(Activation, activation)
     if groups is None:
-        d_scale, d_shift = backward_(z, dz, scale, shift, rstd, not use_running, act, param)
+        sums = backward_(z, dz, scale, shift, rstd, not use_running, act, param)
     else:
-        d_scale, d_shift = backward_groups_(z, dz, groups, scale, shift, rstd, act, param)
-    if weight is not None:
-        d_scale = torch.where(weight < 0, -d_scale, d_scale)
-    return d_scale, d_shift, buffer
+        sums = backward_groups_(z, dz, groups, scale, shift, rstd, act, param)
+    # Copies: an operator's results may not share a storage.
+    d_weight.copy_(sums[0] if weight is None else torch.where(weight < 0, -sums[0], sums[0]))
+    return d_weight, d_bias.copy_(sums[1]), buffer
 
 
 @in_place_norm_backward_.register_fake

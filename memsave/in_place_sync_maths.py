@@ -6,7 +6,6 @@ overwritten. All statistics are of ``compute_dtype``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from memsave.in_place_abn_maths import (
     Activation,
-    activation_backward,
     channels_at_once,
     compute_dtype,
-    invert_,
     scale_and_shift,
+    slabs,
+    steps,
 )
+from memsave.in_place_backward_maths import part_gradient_, part_sums, slab_gradient_, slab_sums
 from memsave.kernels.tiles import Tiling, collapse, kernels_run, kernels_serve, tile
 
 __all__ = ["gradient_", "local_means", "local_statistics"]
@@ -41,9 +41,11 @@ def local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         partials = mean.new_empty(cut.partials)
         statistics(x, strides[0], cut, partials, mean, var, as_variance=True)
         return mean, var
-    step, others = channels_at_once(x), [d for d in range(x.dim()) if d != 1]
-    parts = [torch.var_mean(p.to(dtype), others, correction=0) for p in torch.split(x, step, 1)]
-    return torch.cat([m for _, m in parts]), torch.cat([v for v, _ in parts])
+    parts = [
+        torch.ops.aten.batch_norm_update_stats(part.to(dtype), None, None, 0.0)
+        for part in torch.split(x, channels_at_once(x), 1)
+    ]
+    return torch.cat([m for m, _ in parts]), torch.cat([v for _, v in parts])
 
 
 def local_means(
@@ -63,14 +65,15 @@ def local_means(
         partials = scale.new_empty(cut.partials)
         sums(z, at, dz, dz_at, cut, partials, d_weight, d_bias, means, weight, bias, *settings)
         return d_weight, d_bias, means
-    others, parts = [d for d in range(z.dim()) if d != 1], []
-    for _, dy, xhat, _ in _parts(z, dz, scale, shift, scale, activation, param):
-        parts.append(torch.stack([dy.sum(others), (dy * xhat).sum(others)]))
-    totals = torch.cat(parts, 1)
-    d_weight = totals[1]
+    act, parts = (cast(Activation, activation), param), slabs(z)
+    totals = (
+        slab_sums(z, dz, parts, scale, shift, act) if parts else _sums(z, dz, scale, shift, act)
+    )
+    d_weight, d_bias = totals.unbind()
+    means = totals.flip(0) * scale * (z.shape[1] / z.numel())
     if weight is not None:
         d_weight = torch.where(weight < 0, -d_weight, d_weight)
-    return d_weight, totals[0], totals * scale * (z.shape[1] / z.numel())
+    return d_weight, d_bias, means
 
 
 def gradient_(
@@ -93,34 +96,29 @@ def gradient_(
         gradient_kernel_(z, at, dz, dz_at, cut, rstd, means, weight, bias, *settings)
         return
     scale, shift = scale_and_shift(z, weight, bias, eps)
-    numbers = torch.stack([scale * rstd, means[0] * rstd, means[1] * rstd])
-    for out, dy, xhat, (gain, mean_dy, mean_dy_xhat) in _parts(
-        z, dz, scale, shift, numbers, activation, param
-    ):
-        out.copy_(dy * gain - mean_dy - xhat * mean_dy_xhat)
+    act, parts = (cast(Activation, activation), param), slabs(z)
+    slope = -means[1] * rstd / scale
+    constant, gain = -slope * shift - means[0] * rstd, scale * rstd
+    if parts:
+        slab_gradient_(z, dz, parts, (slope, constant, gain), act)
+        return
+    step = channels_at_once(z)
+    buffer = scale.new_empty(z[:, :step].numel())
+    for some in steps(z.shape[1], step):
+        own = (slope[some], constant[some], gain[some])
+        part_gradient_(z[:, some], dz[:, some], own, act, buffer)
 
 
-def _parts(
-    z: Tensor,
-    dz: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    numbers: Tensor,
-    activation: str,
-    param: float,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Give, some channels at a time, z, dy, xhat and ``numbers`` (..., C) as these need them."""
-    act, step = cast(Activation, activation), channels_at_once(z)
-    per_channel = (-1,) + (1,) * (z.dim() - 2)
-    for first in range(0, z.shape[1], step):
-        some = slice(first, first + step)
-        y = z[:, some].to(scale.dtype, copy=True)
-        dy = activation_backward(dz[:, some].to(scale.dtype), y, act, param)
-        invert_(y, act, param)
-        g, b = scale[some].view(per_channel), shift[some].view(per_channel)
-        share = numbers[..., some]
-        shaped = share.view(*share.shape, *per_channel[1:])
-        yield z[:, some], dy, y.sub_(b).div_(g), shaped
+def _sums(
+    z: Tensor, dz: Tensor, scale: Tensor, shift: Tensor, act: tuple[Activation, float]
+) -> Tensor:
+    step = channels_at_once(z)
+    buffer = scale.new_empty(z[:, :step].numel())
+    parts = [
+        part_sums(z[:, s], dz[:, s], scale[s], shift[s], act, buffer)
+        for s in steps(z.shape[1], step)
+    ]
+    return torch.cat(parts, 1)
 
 
 def _cut(

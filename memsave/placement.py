@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from memsave.errors import OptionError
 
-__all__ = ["Block", "Placement", "Segment", "least_peak", "peak_of", "place"]
+__all__ = ["Block", "Placement", "Segment", "least_peak", "peak_of", "place", "trade_offs"]
 
 Segment = tuple[int, int]
 """The blocks from the first number up to, without, the second: a region that is recomputed."""
@@ -117,6 +117,27 @@ def peak_of(blocks: Sequence[Block], segments: Sequence[Segment]) -> int:
             partial = network.extend(partial, start, stop, False)
         position = stop
     return partial.peak_bytes
+
+
+def trade_offs(
+    blocks: Sequence[Block], *, longest: int | None = None, most: int = 128
+) -> tuple[Placement, ...]:
+    """Return what budgets can ask for: least cost first, ever smaller peaks, ``least_peak``'s last.
+
+    The first one recomputes nothing. Each is ``place``'s at a budget of its own peak; where there
+    are more than ``most``, those are left out whose peak is next to that of the one before.
+    """
+    plain_bytes = peak_of(blocks, ())
+    least_bytes = least_peak(blocks, longest=longest).peak_bytes
+    apart_bytes = max(1, (plain_bytes - least_bytes) // max(1, most - 2))
+    found: list[Placement] = []
+    allowed_bytes = plain_bytes
+    while not found or found[-1].peak_bytes > least_bytes:
+        placement = place(blocks, allowed_bytes, longest=longest)
+        assert placement is not None  # least_peak's is within every budget that is tried
+        found.append(placement)
+        allowed_bytes = max(placement.peak_bytes - apart_bytes, least_bytes)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

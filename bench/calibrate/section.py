@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,12 @@ def _reading(row: dict[str, Any]) -> tuple[tuple[ConvolutionCall, bool], dict[st
     return (ConvolutionCall.from_dict(row), row["benchmark"]), kept
 
 
+def _cuda_of(torch_version: str) -> str:
+    """Return ``"13.0"`` for ``2.11.0+cu130``, nothing for a build that does not say."""
+    match = re.search(r"\+cu([0-9]+)([0-9])$", torch_version)
+    return f"{match[1]}.{match[2]}" if match else ""
+
+
 def save_card(card: Card, section: Section, path: Path) -> Card:
     """Write the card with its calibration, in place of an earlier file; return it.
 
@@ -166,6 +173,8 @@ def save_card(card: Card, section: Section, path: Path) -> Card:
             "context_source": "Measured by membench calibrate: the largest of "
             f"{len(networks)} networks, torch {software['torch']}, cuDNN {software['cudnn']}, "
             f"driver {software['driver']}",
+            "context_cuda": _cuda_of(str(software["torch"])),
+            "context_cuda_source": f"torch {software['torch']}",
         }
     card = dataclasses.replace(card, **measured)
     unfinished = path.with_name(path.name + ".part")

@@ -29,10 +29,10 @@ def list_(
     if json:
         print(json_module.dumps(tables))
     elif out().is_terminal:
-        for name, rows in tables.items():
+        for name, rows in _without_sources(tables).items():
             _print_table(name, rows)
     else:
-        for name, rows in tables.items():
+        for name, rows in _without_sources(tables).items():
             if len(tables) > 1:
                 print(f"{name}:")
             for line in _lines(rows):
@@ -93,10 +93,23 @@ def _cards() -> list[Row]:
             "compute_capability": ".".join(map(str, card.compute_capability)),
             "memory_bytes": card.memory_bytes,
             "capacity_bytes": card.capacity_bytes,
+            "context_bytes": card.context_bytes,
+            "context_cuda": card.context_cuda or "unknown",
             "calibrated": card.calibration is not None,
+            "memory_source": card.memory_source,
+            "context_source": card.context_source,
+            "context_cuda_source": card.context_cuda_source,
         }
         for card in all_cards().values()
     ]
+
+
+def _without_sources(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Return the tables without the columns that are a paragraph each; JSON has those."""
+    return {
+        name: [{k: v for k, v in row.items() if not k.endswith("_source")} for row in rows]
+        for name, rows in tables.items()
+    }
 
 
 _KINDS: dict[str, Callable[[], list[Row]]] = {

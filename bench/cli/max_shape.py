@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,14 +16,29 @@ from bench.cli.network_options import (
     parse_arguments,
     parse_techniques,
 )
+from bench.cli.volume_options import (
+    DivisorOption,
+    SpacingOption,
+    VolumesOption,
+    case_at,
+    check_volumes,
+    image_divisor,
+    image_input,
+    open_folder,
+)
 from bench.errors import MembenchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bench.case import Case
-    from bench.plan.largest import Grow, Largest
+    from bench.imported import InputSpec
+    from bench.plan.largest import Grow, Largest, LargestSearch
+    from bench.plan.volumes import FolderFit, FolderSearch
     from bench.predict.cards import Card
+
+    Found = Largest | FolderFit
+    Search = LargestSearch | FolderSearch
 
 __all__ = ["max_shape"]
 
@@ -50,6 +66,15 @@ def max_shape(
     isotropic: Annotated[
         bool, typer.Option("--isotropic", help="Equal sides instead; so always in 2D.")
     ] = False,
+    volumes: VolumesOption = None,
+    spacing: SpacingOption = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a network of your own: batch, channels and the proportions of the sides, "
+            "1x4x128x128x64; with --volumes batch and channels count."
+        ),
+    ] = None,
     techniques: Annotated[
         str | None, typer.Option(help="checkpoint,inplace_abn; or JSON with their options.")
     ] = None,
@@ -61,33 +86,45 @@ def max_shape(
     loss: Annotated[str | None, typer.Option(help="By name, or module:callable.")] = None,
     optimizer: OptimizerOption = "adam",
     batch: Annotated[int, typer.Option(min=1, help="The batch size.")] = 1,
-    divisor: Annotated[
-        int,
-        typer.Option(min=1, help="Of a network of your own: what its sides are multiples of."),
-    ] = 16,
+    divisor: DivisorOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> None:
     """Find the largest volume that fits; exit code 1 if not even the smallest does."""
     with user_errors():
+        from bench.plan.largest import LargestSearch
         from bench.plan.simulator import Simulator
+        from bench.plan.volumes import FolderSearch
 
         if inplane is not None and isotropic:
             raise MembenchError("--inplane or --isotropic: give one of the two")
+        check_volumes(volumes, spacing, {"--inplane": inplane, "--isotropic": isotropic})
         cards = _cards(card, budget, all_cards)
-        divisors = _divisors(network, arguments, divisor)
-        grow = _grow(inplane, isotropic, divisors)
+        image = image_input(network, input or (), batch=batch)
+        if volumes is not None:
+            folder = open_folder(network, arguments, volumes, spacing, divisor, image)
+            shape: tuple[int, ...] = folder.shapes[0].shape
+            search: Callable[..., Search] = partial(FolderSearch, folder=folder)
+        else:
+            divisors = image_divisor(network, arguments, divisor, image)
+            grow = _grow(inplane, isotropic, divisors, image)
+            shape = grow(1)
+            search = partial(LargestSearch, grow=grow)
         texts = _COLUMNS if techniques is None and all_cards else (techniques or "",)
-        given = {
-            "arguments": arguments,
+        given: dict[str, Any] = {
+            "arguments": parse_arguments(arguments),
             "loss": loss,
             "optimizer": optimizer,
             "precision": precision,
             "mode": mode,
             "batch_size": batch,
         }
-        cases = [_case(network, grow(1), text, given) for text in texts]
+        cases = [
+            case_at(network, shape, image, techniques=parse_techniques(text), **given)
+            for text in texts
+        ]
         with Simulator(cards[0]) as simulator:
-            rows = _find(cases, cards, grow, simulator, skip_failing=len(cases) > 1)
+            searches = [search(case, simulator=simulator) for case in cases]
+            rows = _find(searches, cases, cards)
         found = [one for row in rows for one in row]
         _print(found, rows, all_cards=all_cards, json=json)
     if not any(one.shape for one in found):
@@ -105,63 +142,45 @@ def _cards(card: str | None, budget: str | None, every: bool) -> list[Card]:
     return sorted(all_cards().values(), key=lambda c: c.memory_bytes)
 
 
-def _divisors(network: str, arguments: str, divisor: int) -> tuple[int, ...]:
-    from bench.imported import is_reference
-    from memsave.errors import MemsaveError
-    from memsave.networks import check_options, find_network
-
-    if is_reference(network):
-        return (divisor,) * 3
-    options = parse_arguments(arguments)
-    try:
-        spec = find_network(network)
-        check_options(network, options)
-        return tuple(spec.divisor(options))
-    except MemsaveError as error:
-        raise MembenchError(str(error)) from None
-
-
-def _grow(inplane: str | None, isotropic: bool, divisors: tuple[int, ...]) -> Grow:
+def _grow(
+    inplane: str | None, isotropic: bool, divisors: tuple[int, ...], image: InputSpec | None
+) -> Grow:
     from bench.plan.largest import cube_of, slices_of
+    from bench.plan.patches import in_proportion
     from bench.shapes import parse_inplane
 
     if len(divisors) == 2 and inplane is not None:
         raise MembenchError("--inplane leaves the slices to be sought; this network is 2D")
+    if image is not None and inplane is None and not isotropic:
+        return in_proportion(image.shape[2:], divisors)
     if isotropic or len(divisors) == 2:
         return cube_of(divisors)
     return slices_of(parse_inplane(inplane or _INPLANE), divisors)
 
 
-def _case(network: str, shape: tuple[int, ...], techniques: str, given: dict[str, Any]) -> Case:
-    from bench.named_case import named_case
-
-    return named_case(
-        network,
-        shape="x".join(map(str, shape)),
-        techniques=parse_techniques(techniques),
-        **{**given, "arguments": parse_arguments(given["arguments"])},
-    )
-
-
 def _find(
-    cases: Sequence[Case], cards: Sequence[Card], grow: Grow, simulator: Any, *, skip_failing: bool
-) -> list[list[Largest]]:
+    searches: Sequence[Search], cases: Sequence[Case], cards: Sequence[Card]
+) -> list[list[Found]]:
     """Return a row for each case; techniques that the network has no place for have none."""
-    from bench.plan.largest import LargestSearch
+    from concurrent.futures import ThreadPoolExecutor
 
-    rows: list[list[Largest]] = []
-    for case in cases:
-        search = LargestSearch(case, grow, simulator)
+    def row(search: Search, case: Case) -> list[Found]:
+        # Largest first: what a larger card needed often says what a smaller one does.
+        largest_first = sorted(cards, key=lambda card: -card.capacity_bytes)
         try:
-            rows.append([search.find(card) for card in cards])
+            found = {card.name: search.find(card) for card in largest_first}
         except MembenchError:
-            if not skip_failing or not case.techniques:
+            if len(cases) == 1 or not case.techniques:
                 raise
-    return rows
+            return []
+        return [found[card.name] for card in cards]
+
+    with ThreadPoolExecutor(max_workers=len(cases)) as threads:
+        return [one for one in threads.map(row, searches, cases) if one]
 
 
 def _print(
-    found: Sequence[Largest], rows: Sequence[Sequence[Largest]], *, all_cards: bool, json: bool
+    found: Sequence[Found], rows: Sequence[Sequence[Found]], *, all_cards: bool, json: bool
 ) -> None:
     if json:
         data: Any = [one.to_dict() for one in found]
@@ -174,10 +193,14 @@ def _print(
             out().print(line, soft_wrap=True, markup=False)
 
 
-def _lines(one: Largest) -> list[str]:
+def _lines(one: Found) -> list[str]:
+    from bench.cli.volume_lines import folder_lines
+    from bench.plan.volumes import FolderFit
     from bench.shapes import format_shape
     from bench.units import format_bytes
 
+    if isinstance(one, FolderFit):
+        return folder_lines(one)
     techniques = "+".join(use.name for use in one.case.techniques) or "no techniques"
     what = f"{one.case.network}, {techniques}, {one.case.precision}, {one.case.mode}"
     if one.shape is None:
@@ -201,21 +224,31 @@ def _lines(one: Largest) -> list[str]:
     return lines
 
 
-def _table(rows: Sequence[Sequence[Largest]]) -> Any:
+def _table(rows: Sequence[Sequence[Found]]) -> Any:
     from rich.table import Table
 
+    from bench.cli.volume_lines import folder_cell
+    from bench.plan.volumes import FolderFit
     from bench.shapes import format_shape
 
-    first = rows[0][0].case
+    first = rows[0][0]
+    what = "largest volumes"
+    if isinstance(first, FolderFit):
+        what = f"of {first.share.folder.total} volumes those that fit, a patch for the others:"
+    case = first.case
     table = Table(
-        title=f"largest volumes of {first.network}, {first.precision}, {first.mode}",
-        title_justify="left",
+        title=f"{what} of {case.network}, {case.precision}, {case.mode}", title_justify="left"
     )
     table.add_column("card")
     for row in rows:
         names = "+".join(use.name for use in row[0].case.techniques)
         table.add_column(names or "no techniques", justify="right")
     for of_card in zip(*rows, strict=True):
-        shapes = [format_shape(one.shape) if one.shape else "none" for one in of_card]
-        table.add_row(of_card[0].card.name, *shapes)
+        cells = [
+            folder_cell(one)
+            if isinstance(one, FolderFit)
+            else (format_shape(one.shape) if one.shape else "none")
+            for one in of_card
+        ]
+        table.add_row(of_card[0].card.name, *cells)
     return table

@@ -9,20 +9,27 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from bench.case import Precision
-from bench.cli.console import err, out, user_errors
+from bench.cli.console import err, user_errors
 from bench.cli.network_options import (
     ModeOption,
     OptimizerOption,
     TargetOption,
     parse_arguments,
 )
+from bench.cli.plan_answers import of_folder, of_shape, print_answer
+from bench.cli.volume_options import (
+    DivisorOption,
+    SpacingOption,
+    VolumesOption,
+    case_at,
+    check_volumes,
+    image_input,
+    open_folder,
+)
 from bench.errors import MembenchError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from bench.plan.search import Plan, Proposal
-    from bench.plan.simulator import Simulator
+    from bench.cli.plan_answers import Answer
     from bench.predict.cards import Card
 
 __all__ = ["chosen_card", "parse_precisions", "plan"]
@@ -38,8 +45,14 @@ def plan(
     ] = None,
     input: Annotated[
         list[str] | None,
-        typer.Option(help="Of a network of your own: 1x1x128x128x128; once for each input."),
+        typer.Option(
+            help="Of a network of your own: 1x1x128x128x128; once for each input. With --volumes "
+            "batch and channels count."
+        ),
     ] = None,
+    volumes: VolumesOption = None,
+    spacing: SpacingOption = None,
+    divisor: DivisorOption = None,
     card: Annotated[
         str | None, typer.Option(help="The card it should fit (see: list cards).")
     ] = None,
@@ -82,37 +95,52 @@ def plan(
     with user_errors():
         if json and code:
             raise MembenchError("--json prints JSON and nothing else: leave out --code")
+        check_volumes(volumes, spacing, {"--shape": shape, "--target": target})
         asked = chosen_card(card, budget)
         precisions = parse_precisions(precision)
         from bench.named_case import named_case
+        from bench.plan.folder_plan import make_folder_plan
+        from bench.plan.remedies import remedies
         from bench.plan.search import make_plan
         from bench.plan.simulator import Simulator
         from bench.plan.slowdown import measured_times
 
-        case = named_case(
-            network,
-            shape=shape,
-            inputs=input or (),
-            arguments=parse_arguments(arguments),
-            loss=loss,
-            optimizer=optimizer,
-            mode=mode,
-            batch_size=batch,
-            target=target,
-        )
+        given: dict[str, Any] = {
+            "arguments": parse_arguments(arguments),
+            "loss": loss,
+            "optimizer": optimizer,
+            "mode": mode,
+            "batch_size": batch,
+        }
+        folder = None
+        if volumes is not None:
+            image = image_input(network, input or (), batch=batch)
+            folder = open_folder(network, arguments, volumes, spacing, divisor, image)
+            case = case_at(network, folder.shapes[0].shape, image, **given)
+        elif divisor is not None:
+            raise MembenchError("--divisor pads volumes: give it together with --volumes")
+        else:
+            case = named_case(network, shape=shape, inputs=input or (), target=target, **given)
+        search: dict[str, Any] = {
+            "precisions": precisions,
+            "allow_architecture": allow_architecture,
+            "times": measured_times(results, asked.name),
+        }
         with Simulator(asked) as simulator:
-            found = make_plan(
-                case,
-                simulator,
-                precisions=precisions,
-                allow_architecture=allow_architecture,
-                times=measured_times(results, asked.name),
-            )
-            lines = [] if json or found.fitting else _what_would_do(found, simulator)
+            if folder is not None:
+                answer = of_folder(make_folder_plan(case, folder, simulator, **search))
+            else:
+                found = make_plan(case, simulator, **search)
+                answer = of_shape(
+                    found, () if json or found.fitting else remedies(found, simulator)
+                )
         if write_suite is not None:
-            _write(write_suite, found, card, best)
-        _print(found, lines, top=top, code=code, json=json)
-    if not found.fitting:
+            _write(write_suite, answer, card, best)
+        if json:
+            print(json_module.dumps(answer.data))
+        else:
+            print_answer(answer, top=top, code=code)
+    if not answer.fits:
         raise typer.Exit(1)
 
 
@@ -144,77 +172,14 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     return cast(tuple[Precision, ...], names)
 
 
-def _write(path: Path, found: Plan, card: str | None, best: int) -> None:
+def _write(path: Path, answer: Answer, card: str | None, best: int) -> None:
     from bench.plan.suite_text import write_suite
 
-    if not found.fitting:
+    if not answer.usable:
         err().print(f"{path} was not written: nothing fits", soft_wrap=True, markup=False)
         return
-    case = found.fitting[0].case
+    case = answer.usable[0].case
     sides = "x".join(map(str, case.requested_shape))
-    title = f"Plan for {case.network} at {sides} on {found.card.name}"
-    write_suite(path, found.fitting[:best], card, title)
+    title = f"Plan for {case.network} at {sides} on {answer.card.name}"
+    write_suite(path, answer.usable[:best], card, title)
     err().print(f"wrote {path}", soft_wrap=True, markup=False)
-
-
-def _what_would_do(found: Plan, simulator: Simulator) -> list[str]:
-    from bench.plan.remedies import remedies
-
-    return remedies(found, simulator)
-
-
-def _print(found: Plan, lines: list[str], *, top: int, code: bool, json: bool) -> None:
-    if json:
-        print(json_module.dumps([proposal.to_dict() for proposal in found.proposals]))
-        return
-    if found.fitting:
-        shown = found.fitting[: top or None]
-        out().print(_table(found, shown))
-        if len(shown) < len(found.fitting):
-            more = len(found.fitting) - len(shown)
-            out().print(f"{more} more fit: --top 0 or --json shows them", markup=False)
-        out().print(
-            "Predicted. slowdown: of a step, over the same network at the same precision with "
-            "everything kept; estimated from FLOPs and bytes moved, unless marked measured.",
-            soft_wrap=True,
-            markup=False,
-        )
-    for line in lines:
-        out().print(line, soft_wrap=True, markup=False)
-    if code and found.fitting:
-        from bench.plan.code_text import code_text
-
-        print()
-        print(code_text(found.fitting[0].case), end="")
-
-
-def _table(found: Plan, shown: Sequence[Proposal]) -> Any:
-    from rich.table import Table
-
-    from bench.units import format_bytes
-
-    first = found.proposals[0].case
-    sides = "x".join(map(str, first.shape))
-    table = Table(
-        title=f"{first.network} at {sides}, {first.mode}, on {found.card.name}: "
-        f"{len(found.fitting)} of {len(found.proposals)} combinations fit",
-        title_justify="left",
-    )
-    table.add_column("proposal", overflow="fold")
-    table.add_column("precision")
-    table.add_column("exact")
-    for heading in ("peak reserved", "process", "headroom", "slowdown"):
-        table.add_column(heading, justify="right")
-    for proposal in shown:
-        slowdown = "-" if proposal.slowdown is None else f"{proposal.slowdown:.2f}x"
-        marked = " measured" if proposal.slowdown_evidence == "measured" else ""
-        table.add_row(
-            proposal.case.variant,
-            proposal.case.precision,
-            "yes" if proposal.exact else "no",
-            format_bytes(proposal.peak_reserved_bytes),
-            format_bytes(proposal.process_bytes),
-            format_bytes(proposal.headroom_bytes),
-            slowdown + marked,
-        )
-    return table

@@ -2,6 +2,13 @@
 
 What a network has no place for is found by trying each technique alone; combinations are then made
 of those that worked. Pairs that do the same thing twice are left out.
+
+Every technique of memsave's table is tried, with these options: ``checkpoint`` on every block;
+``checkpoint_budget`` at the least peak, and where a card asks for less at the budget that it
+leaves (``bench.plan.placed``); ``checkpoint_steps`` every 8 steps, and nested; ``tiled_levels`` on
+one level and on two; ``compress_activations`` in all its formats, on any card: fp8 is a format to
+keep values in, converted by ordinary kernels, and asks for no compute capability. Blocks (among
+them the reversible one) and widths make another network, and are tried only where that is allowed.
 """
 
 from __future__ import annotations
@@ -36,10 +43,11 @@ _TILES = TechniqueUse(name="tiled_levels")
 _TWO_TILED = TechniqueUse(name="tiled_levels", options={"levels": 2})
 _OFFLOAD = TechniqueUse(name="offload")
 _INT8 = TechniqueUse(name="compress_activations", options={"format": "int8"})
+_FP8 = TechniqueUse(name="compress_activations", options={"format": "fp8"})
 _BF16 = TechniqueUse(name="compress_activations", options={"format": "bf16"})
 _IN_BACKWARD = TechniqueUse(name="optimizer_in_backward")
 _HELD = (None, _CHECKPOINT, _PLACED, _SELECTIVE, *_STEPS, _TILES, _TWO_TILED)
-_MOVED = (None, _OFFLOAD, _INT8, _BF16)
+_MOVED = (None, _OFFLOAD, _INT8, _FP8, _BF16)
 
 
 def single(case: Case) -> list[Case]:
@@ -105,6 +113,9 @@ def variant_name(case: Case, uses: Uses) -> str:
 
 
 def _use_name(use: TechniqueUse) -> str:
+    budget = use.options.get("budget")
+    if isinstance(budget, int):
+        return f"{use.name}-{budget / 2**30:.2f}GiB"
     return "-".join((use.name, *(f"{key}-{value}" for key, value in use.options.items())))
 
 
@@ -159,6 +170,8 @@ def _sensible(
         return False
     if held in (*_STEPS, _TWO_TILED):
         return moved is None
+    if moved == _FP8:  # as many bytes as int8, so what goes with it is tried with that alone
+        return norm is None and held is None
     if moved in (_INT8, _BF16):
         return held is None or (held == _CHECKPOINT and norm is None and moved == _INT8)
     return True

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bench.case import Case
 from bench.errors import MembenchError
+from bench.plan.readings import NotSimulatedError, Readings, at_shape
 from bench.plan.simulator import Simulator
 from bench.predict.cards import Card
 from bench.record import Record
 from bench.shapes import MAX_SIDE, MAX_VOXELS, Shape
 
-__all__ = ["Largest", "LargestSearch", "cube_of", "slices_of"]
+__all__ = ["Largest", "LargestSearch", "affordable_voxels", "cube_of", "slices_of"]
 
 _TRIED_SMALLEST = 4  # of the smallest shapes, until one is taken
 Grow = Callable[[int], Shape]  # from a number of steps to a shape; more steps, no side smaller
@@ -46,7 +47,7 @@ class Largest:
             "card": self.card.name,
             "fits": ok,
             "shape": list(self.shape) if self.shape is not None else None,
-            "voxels": _voxels(self.shape) if self.shape is not None else 0,
+            "voxels": math.prod(self.shape) if self.shape is not None else 0,
             "peak_reserved_bytes": self.record.peak_reserved_bytes if ok else None,
             "process_bytes": self.record.process_bytes if ok else None,
             "needs_bytes": self.record.needs_bytes,
@@ -75,12 +76,25 @@ def cube_of(divisor: Shape) -> Grow:
 
 
 class LargestSearch:
-    """Finds the largest shapes of one case on cards; what was simulated serves the next card."""
+    """Finds the largest shapes of one case on cards; what was simulated serves the next card.
 
-    def __init__(self, case: Case, grow: Grow, simulator: Simulator) -> None:
-        self._case, self._grow, self._simulator = case, grow, simulator
-        self._known: dict[tuple[int, str], Record] = {}
-        self._needs: dict[tuple[int, str], int] = {}
+    ``limit``: the most steps there are to take, where not the limits of shapes end them.
+    ``readings``: what is known of the case already.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        grow: Grow,
+        simulator: Simulator,
+        *,
+        limit: int | None = None,
+        readings: Readings | None = None,
+    ) -> None:
+        self._grow = grow
+        self._readings = readings or Readings(case, simulator)
+        self._limit = limit or _most_steps(grow)
+        self._limited = limit is not None
 
     def find(self, card: Card) -> Largest:
         """Return the largest shape that fits ``card``.
@@ -89,37 +103,40 @@ class LargestSearch:
         """
         least = self._least(card)
         if self._record(least, card).status != "ok":
-            return self._answer(card, 0, self._record(least, card))
-        fits, fails = least, self._limit() + 1
+            return self._answer(card, 0, least)
+        fits, fails = least, self._limit + 1
         while fails - fits > 1:
             steps = self._guess(card, fits, fails)
             if self._record(steps, card).status == "ok":
                 fits = steps
             else:
                 fails = steps
-        return self._answer(card, fits, self._record(fits, card))
+        return self._answer(card, fits, fits)
 
     def _least(self, card: Card) -> int:
         """Return the fewest steps that the network takes at all.
 
         A batch norm refuses one value a channel, as the coarsest level of the smallest cube has.
         """
-        for steps in range(1, _TRIED_SMALLEST):
+        tried = list(range(1, min(_TRIED_SMALLEST, self._limit) + 1))
+        while self._limited and 2 * tried[-1] <= self._limit:  # a patch may be far too small
+            tried.append(2 * tried[-1])
+        for steps in tried[:-1]:
             try:
                 self._record(steps, card)
-            except MembenchError:
+            except NotSimulatedError:
                 continue
             return steps
-        return _TRIED_SMALLEST  # its error is the one to see
+        return tried[-1]  # its error is the one to see
 
-    def _answer(self, card: Card, fits: int, record: Record) -> Largest:
-        limit = self._limit()
+    def _answer(self, card: Card, fits: int, shown: int) -> Largest:
+        limit = self._limit
         beyond = 0 < fits <= limit - 2 and self._record(fits + 2, card).status == "ok"
         return Largest(
             card=card,
-            case=self._at(fits or self._least(card)),
+            case=at_shape(self._readings.case, self._grow(shown)),
             shape=self._grow(fits) if fits else None,
-            record=record,
+            record=self._record(shown, card),
             next_shape=self._grow(fits + 1) if 0 < fits < limit else None,
             monotonic=not beyond,
             reached_limit=fits >= limit,
@@ -131,67 +148,43 @@ class LargestSearch:
         Memory grows about evenly with the volume, so a line through what is known lands near the
         answer; it is taken while it still cuts, and else the middle.
         """
-        points = sorted(
-            (_voxels(self._grow(steps)), needs)
-            for (steps, group), needs in self._needs.items()
-            if group == _group(card)
-        )
         middle = (fits + fails) // 2
+        points = self._readings.needs(card)
         if len(points) < 2:
             return min(middle, 2 * fits)
-        wanted = card.capacity_bytes
-        (x0, y0), (x1, y1) = sorted(sorted(points, key=lambda point: abs(point[1] - wanted))[:2])
-        if y1 <= y0:
+        voxels = affordable_voxels(points, card.capacity_bytes)
+        if voxels is None:
             return middle
-        voxels = x0 + (wanted - y0) * (x1 - x0) / (y1 - y0)
-        steps = fits
         low, high = fits, fails
         while high - low > 1:  # the most steps within so many voxels
             steps = (low + high) // 2
-            low, high = (steps, high) if _voxels(self._grow(steps)) <= voxels else (low, steps)
+            inside = math.prod(self._grow(steps)) <= voxels
+            low, high = (steps, high) if inside else (low, steps)
         return max(fits + 1, min(fails - 1, low if low > fits else low + 1))
 
-    def _limit(self) -> int:
-        """Return the most steps there may be: no side or volume beyond what suites may hold."""
-        low, high = 1, MAX_SIDE
-        while high - low > 1:
-            steps = (low + high) // 2
-            shape = self._grow(steps)
-            small = max(shape) <= MAX_SIDE and _voxels(shape) <= MAX_VOXELS
-            low, high = (steps, high) if small else (low, steps)
-        return low
-
-    def _at(self, steps: int) -> Case:
-        shape = self._grow(steps)
-        return replace(self._case, shape=shape, requested_shape=shape)
-
     def _record(self, steps: int, card: Card) -> Record:
-        key = (steps, card.name)
-        if key not in self._known:
-            shared = self._needs.get((steps, _group(card)))
-            if shared is not None and shared > card.capacity_bytes:
-                # What it needs is known from another card: this one has too little.
-                other = next(r for (s, _), r in self._known.items() if s == steps)
-                self._known[key] = dataclasses.replace(
-                    other, status="oom", reason="needs more than the card has", process_bytes=None
-                )
-                return self._known[key]
-            record = self._simulator.records([self._at(steps)], card)[0]
-            if record.status not in ("ok", "oom"):
-                raise MembenchError(f"{self._case.network} cannot be simulated: {record.reason}")
-            self._known[key] = record
-            self._needs[steps, _group(card)] = record.needs_bytes or 0
-        return self._known[key]
+        return self._readings.at(self._grow(steps), card)
 
 
-def _group(card: Card) -> str:
-    """Return what all cards share whose libraries take the same memory for the same step."""
-    rules = dataclasses.astuple(card.convolution_workspace)[:2]
-    return f"{card.cublas_workspace_bytes} {rules} {card.calibration}"
+def affordable_voxels(points: Sequence[tuple[int, int]], capacity_bytes: int) -> float | None:
+    """Return how many voxels the capacity is about enough for, by the line through two readings.
+
+    ``points``: two or more (voxels, bytes needed); those nearest to the capacity are taken. None
+    where the larger volume of the two needs no more.
+    """
+    nearest = sorted(points, key=lambda point: abs(point[1] - capacity_bytes))[:2]
+    (x0, y0), (x1, y1) = sorted(nearest)
+    if y1 <= y0:
+        return None
+    return x0 + (capacity_bytes - y0) * (x1 - x0) / (y1 - y0)
 
 
-def _voxels(shape: Shape) -> int:
-    voxels = 1
-    for side in shape:
-        voxels *= side
-    return voxels
+def _most_steps(grow: Grow) -> int:
+    """Return the most steps there may be: no side or volume beyond what suites may hold."""
+    low, high = 1, MAX_SIDE
+    while high - low > 1:
+        steps = (low + high) // 2
+        shape = grow(steps)
+        small = max(shape) <= MAX_SIDE and math.prod(shape) <= MAX_VOXELS
+        low, high = (steps, high) if small else (low, steps)
+    return low

@@ -10,16 +10,15 @@ from typing import Any, Literal
 from bench.case import Case, Precision
 from bench.errors import MembenchError
 from bench.plan.combinations import combined, single
+from bench.plan.placed import place_for_card
 from bench.plan.simulator import Simulator
 from bench.plan.slowdown import predicted_slowdown
-from bench.predict.cards import Card, find_card
+from bench.predict.cards import Card, budget_card
 from bench.record import Record
-from bench.units import format_bytes
 
 __all__ = ["Plan", "Proposal", "budget_card", "make_plan"]
 
-_BUDGET_MODEL = "a100-80gb"  # whose context and workspaces a budget is taken with
-_GIB = 2**30
+_SLOW = ("tiled_levels", "compress_activations")  # to trace: they run many small operators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,22 +83,6 @@ class Plan:
         return min(self.proposals, key=lambda p: p.needs_bytes)
 
 
-def budget_card(budget_bytes: int) -> Card:
-    """Return a card of so many bytes for the whole process, its context included.
-
-    The context and the workspaces are those of an A100 80 GB, since a budget names no card. A
-    budget that its context alone exceeds leaves the allocator one byte: nothing fits.
-    """
-    model = find_card(_BUDGET_MODEL)
-    return replace(
-        model,
-        name=f"budget-{max(1, -(-budget_bytes // _GIB))}gb",
-        memory_bytes=max(budget_bytes, model.context_bytes + 1),
-        memory_source=f"a budget of {format_bytes(budget_bytes)}",
-        calibration=None,
-    )
-
-
 def make_plan(
     case: Case,
     simulator: Simulator,
@@ -111,27 +94,37 @@ def make_plan(
 ) -> Plan:
     """Simulate the combinations for the simulator's card, and put them in order.
 
+    Checkpoints are placed twice: for the least peak, and, where the card does not ask for that
+    much, for the least recomputation that fits it.
+
     ``case``: the network as it is, with no technique. ``times``: measured step times on the card,
     by a case's digest, see ``measured_times``.
     Errors: MembenchError where the network cannot be simulated as it is.
     """
-    alone = [one for p in precisions[:1] for one in single(replace(case, precision=p))]
-    records = simulator.records(alone, on_record=on_record)
-    if records[0].status not in ("ok", "oom"):
-        raise MembenchError(f"{case.network} cannot be planned for: {records[0].reason}")
-    working = [
-        use
-        for record, tried in zip(records, alone, strict=True)
-        if record.status in ("ok", "oom")
-        for use in tried.techniques
-    ]
-    done = {one.digest(): record for one, record in zip(alone, records, strict=True)}
+    alone = single(replace(case, precision=precisions[0]))
+    done = _simulated(alone, simulator, on_record)
+    plain = done[alone[0].digest()]
+    if plain.status not in ("ok", "oom"):
+        raise MembenchError(f"{case.network} cannot be planned for: {plain.reason}")
+    worked = [one for one in alone if done[one.digest()].status in ("ok", "oom")]
+    working = [use for one in worked for use in one.techniques]
     cases = combined(case, working, precisions, allow_architecture)
     cases += [one for one in alone if one.digest() not in {c.digest() for c in cases}]
     missing = [one for one in cases if one.digest() not in done]
-    found = simulator.records(missing, on_record=on_record)
-    done.update({one.digest(): record for one, record in zip(missing, found, strict=True)})
+    done |= _simulated(missing, simulator, on_record)
+    placed = place_for_card(cases, done, simulator, on_record)
+    cases += [one for one, _ in placed]
+    done |= {one.digest(): record for one, record in placed}
     return _ordered(cases, done, simulator.card, times or {})
+
+
+def _simulated(
+    cases: Sequence[Case], simulator: Simulator, on_record: Callable[[Record], None] | None
+) -> dict[str, Record]:
+    """Return the records by digest. The slowest go first, so that no child waits for a last one."""
+    slow = sorted(cases, key=lambda c: not any(use.name in _SLOW for use in c.techniques))
+    records = simulator.records(slow, on_record=on_record)
+    return {one.digest(): record for one, record in zip(slow, records, strict=True)}
 
 
 def _ordered(

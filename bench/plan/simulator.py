@@ -71,26 +71,43 @@ class Simulator:
                 on_record(record)
         return results
 
+    def budgets(self, cases: Sequence[Case]) -> list[tuple[int, ...]]:
+        """Return the budgets that ``checkpoint_budget`` can meet, in bytes, the largest first.
+
+        One tuple for each of ``cases``, which use that technique: at the first budget nothing is
+        recomputed, at each next one more, at the last all that makes the peak smaller. Empty where
+        they cannot be found.
+        """
+        replies = self._threads.map(
+            lambda case: self._ask(case, self.card, {"budgets": True}), cases
+        )
+        return [tuple(reply.get("budgets", ())) for reply in replies]
+
     def _record(self, case: Case, card: Card) -> Record:
-        readings: dict[str, Any]
+        readings = self._ask(case, card, {})
+        environment = dataclasses.replace(self._environment, card_hash=card.digest())
+        return make_record(replace(self._backend, card=card.name), case, readings, environment)
+
+    def _ask(self, case: Case, card: Card, more: dict[str, Any]) -> dict[str, Any]:
+        """Return what a child answers of ``case``; a failure is an answer too."""
         try:
             child = self._child()
-            readings = child.ask(
+            reply = child.ask(
                 {
                     **self._backend.request,
                     "case": case.to_definition(),
                     "card": card.to_dict(),
                     "search_path": [os.path.abspath(p) for p in sys.path],
+                    **more,
                 },
                 case.time_limit_s,
             )
             self._idle.put(child)
         except ChildTimeoutError as error:
-            readings = {"status": "timeout", "reason": str(error)}
+            return {"status": "timeout", "reason": str(error)}
         except ChildCrashError as error:
-            readings = {"status": "failed", "reason": str(error)}
-        environment = dataclasses.replace(self._environment, card_hash=card.digest())
-        return make_record(replace(self._backend, card=card.name), case, readings, environment)
+            return {"status": "failed", "reason": str(error)}
+        return reply
 
     def _child(self) -> Child:
         try:

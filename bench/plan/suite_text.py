@@ -45,7 +45,7 @@ def suite_text(proposals: Sequence[Proposal], card: str | None, title: str) -> s
         suite["card"] = card
     suite["training"] = {"loss": first.loss, "optimizer": optimizer, "steps": first.steps}
     suite["matrix"] = {
-        "networks": [_row(proposal.case) for proposal in proposals],
+        "networks": [_row(proposal.case, first) for proposal in proposals],
         "shapes": [{"shape": format_shape(first.requested_shape), "pad": True}],
         "batch": [first.batch_size],
         "mode": [first.mode],
@@ -57,11 +57,13 @@ def suite_text(proposals: Sequence[Proposal], card: str | None, title: str) -> s
     return head + str(yaml.safe_dump(copied, sort_keys=False))
 
 
-def _row(case: Case) -> dict[str, Any]:
+def _row(case: Case, first: Case) -> dict[str, Any]:
     row: dict[str, Any] = {"name": case.network, "variant": case.variant}
     if case.imported is not None:
         row = {"name": case.network, "variant": case.variant, "network": _imported(case)}
     row["precision"] = case.precision
+    if case.requested_shape != first.requested_shape:  # of plans for patches
+        row["shapes"] = [{"shape": format_shape(case.requested_shape), "pad": True}]
     if case.techniques:
         row["techniques"] = [{"name": use.name, **use.options} for use in case.techniques]
     return {**row, **({} if case.imported is not None else case.network_options)}

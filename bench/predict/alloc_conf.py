@@ -20,21 +20,27 @@ ROUNDUP_INTERVALS = 16  # one per power of two from 1 MiB to 32 GiB; the last ho
 _DEFAULT_LARGE_SEGMENT_BYTES = 20 * MIB
 _SMALLEST_LARGE_SEGMENT_MIB = 10  # exclusive: requests from 10 MiB on get a segment of their own
 
-# Options that PyTorch knows and that do not change where a block goes.
-_WITHOUT_EFFECT = frozenset(
+_MOST_REGISTER_THREADS = 128
+
+# Options that PyTorch knows and that do not change where a block goes: switches, then numbers.
+_SWITCHES_WITHOUT_EFFECT = frozenset(
     {
         "graph_capture_record_stream_reuse",
         "pinned_free_catch_all",
-        "pinned_max_cached_size_mb",
-        "pinned_max_round_threshold_mb",
-        "pinned_num_register_threads",
-        "pinned_reserve_segment_size_mb",
         "pinned_use_background_threads",
         "pinned_use_cuda_host_register",
         "pinned_use_hip_host_register",
         "release_lock_on_cudamalloc",
         "release_lock_on_hipmalloc",
         "throw_on_cudamalloc_oom",
+    }
+)
+_NUMBERS_WITHOUT_EFFECT = frozenset(
+    {
+        "pinned_max_cached_size_mb",
+        "pinned_max_round_threshold_mb",
+        "pinned_num_register_threads",
+        "pinned_reserve_segment_size_mb",
     }
 )
 _WITH_EFFECT = frozenset(
@@ -49,6 +55,7 @@ _WITH_EFFECT = frozenset(
         "roundup_power2_divisions",
     }
 )
+_KNOWN = _WITH_EFFECT | _SWITCHES_WITHOUT_EFFECT | _NUMBERS_WITHOUT_EFFECT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +100,13 @@ class AllocatorSettings:
 def parse_alloc_conf(text: str) -> AllocatorSettings:
     """Return the settings that a ``PYTORCH_ALLOC_CONF`` string asks for; "" gives the defaults.
 
-    Errors: MembenchError for an option or value that PyTorch would refuse, and for
-    ``backend:cudaMallocAsync``, which is another allocator than the one simulated here.
+    Errors: MembenchError for an option or value that PyTorch would refuse, and for what it takes
+    and is not simulated: ``backend:cudaMallocAsync``, which is another allocator,
+    ``throw_on_cudamalloc_oom:True``, which refuses requests by rules of its own, a share of 0 of
+    the memory, and numbers with anything after them.
     """
     options = _options(text)
+    _check_without_effect(options)
     large = _large_segment_bytes(options)
     rounding = _mib(options, "max_non_split_rounding_mb", at_least=large // MIB)
     if options.get("backend", "native") != "native":
@@ -163,16 +173,33 @@ def _options(text: str) -> dict[str, str]:
             continue
         part, start = squeezed[start:position], position + 1
         name, colon, value = part.partition(":")
-        if not squeezed:
+        if not part and position == len(squeezed):  # nothing at all, or a comma at the end
             break
-        if name not in _WITH_EFFECT | _WITHOUT_EFFECT:
-            raise _bad(part, f"unknown option{nearest(name, _WITH_EFFECT | _WITHOUT_EFFECT)}")
+        if name not in _KNOWN:
+            why = f"unknown option{nearest(name, _KNOWN)}" if part else "an option is missing"
+            raise _bad(part or squeezed, why)
         if not colon or not value:
             raise _bad(part, f"write {name}:<value>")
         options[name] = value
     if depth:
         raise _bad(squeezed, "its brackets do not match")
     return options
+
+
+def _check_without_effect(options: Mapping[str, str]) -> None:
+    """Refuse the values that PyTorch would refuse of options that move no block."""
+    for name in sorted(_SWITCHES_WITHOUT_EFFECT & options.keys()):
+        if _switch(options, name) and name == "throw_on_cudamalloc_oom":
+            raise _bad(f"{name}:True", "what it refuses is not simulated: leave it out")
+    for name in sorted(_NUMBERS_WITHOUT_EFFECT & options.keys()):
+        value, option = options[name], f"{name}:{options[name]}"
+        number = _whole(value, option)
+        if name == "pinned_reserve_segment_size_mb" and not number:
+            raise _bad(option, "it must be at least 1")
+        if name == "pinned_num_register_threads":
+            _power_of_two(value, option)
+            if number > _MOST_REGISTER_THREADS:
+                raise _bad(option, f"it must be at most {_MOST_REGISTER_THREADS}")
 
 
 def _large_segment_bytes(options: Mapping[str, str]) -> int:
@@ -200,7 +227,8 @@ def _fraction(options: Mapping[str, str], name: str, default: float) -> float:
     except ValueError:
         raise _bad(f"{name}:{text}", "it must be a number") from None
     if not (0.0 < value < 1.0 or (value == 1.0 and default == 1.0)):
-        raise _bad(f"{name}:{text}", "it must lie between 0 and 1")
+        at_most = " or be 1" if default == 1.0 else ""
+        raise _bad(f"{name}:{text}", f"it must lie between 0 and 1{at_most}")
     return value
 
 
@@ -214,7 +242,8 @@ def _switch(options: Mapping[str, str], name: str) -> bool:
 def _divisions(text: str) -> tuple[int, ...]:
     """Read ``4`` (everywhere) or ``[256:1,512:2,>:8]`` (from 256 MiB on, from 512 MiB on, above).
 
-    What stands first also holds for every interval below it; an interval that is not named keeps 0.
+    What stands first also holds for every interval below it; an interval that is not named keeps 0,
+    and a list of nothing changes nothing.
     """
     if not text:
         return ()
@@ -223,7 +252,8 @@ def _divisions(text: str) -> tuple[int, ...]:
         return (_power_of_two(text, option),) * ROUNDUP_INTERVALS
     values = [0] * ROUNDUP_INTERVALS
     last: int | None = None
-    for pair in text[1:-1].split(","):
+    listed = text[1:-1].removesuffix(",")
+    for pair in listed.split(",") if listed else ():
         start, colon, division_text = pair.partition(":")
         division = 0 if division_text == "0" else _power_of_two(division_text, option)
         if start == ">" and colon:

@@ -78,6 +78,8 @@ class Card:
     context_source: str
     convolution_workspace: ConvolutionWorkspace
     calibration: dict[str, Any] | None = None
+    context_cuda: str = ""  # the CUDA version that context_bytes is from; empty: not known
+    context_cuda_source: str = ""
 
     @property
     def capacity_bytes(self) -> int:
@@ -99,8 +101,14 @@ class Card:
         return dataclasses.asdict(self)
 
     def digest(self) -> str:
-        """Return a short hash of all that a prediction takes from the card."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
+        """Return a short hash of all that a prediction takes from the card, and of its sources.
+
+        Not of ``context_cuda``, which came later than the first records: theirs stay comparable.
+        """
+        data = self.to_dict()
+        for name in ("context_cuda", "context_cuda_source"):
+            del data[name]
+        text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @classmethod
@@ -120,6 +128,8 @@ class Card:
             context_source=fields.text("context_source"),
             convolution_workspace=_convolution_workspace(fields.object("convolution_workspace")),
             calibration=fields.optional("calibration"),
+            context_cuda=fields.text_or_empty("context_cuda"),
+            context_cuda_source=fields.text_or_empty("context_cuda_source"),
         )
         fields.no_others()
         if not _NAME.fullmatch(card.name):
@@ -172,6 +182,10 @@ class _Fields:
         if not isinstance(value, str) or not value.strip():
             raise self.wrong(name, "a text")
         return value
+
+    def text_or_empty(self, name: str) -> str:
+        self.known.append(name)
+        return "" if self.data.get(name, "") == "" else self.text(name)
 
     def count(self, name: str) -> int:
         value = self._get(name)
@@ -241,11 +255,19 @@ def all_cards() -> dict[str, Card]:
 
 
 def find_card(name: str) -> Card:
-    """Return the card called ``name``, or raise MembenchError with the nearest names."""
+    """Return the card called ``name``, or raise MembenchError with the nearest names.
+
+    ``budget-20gb`` is a budget of 20 GiB, see ``budget_card``, unless a card is called so.
+    """
     cards = all_cards()
-    if name not in cards:
+    if name in cards:
+        return cards[name]
+    from bench.predict.budget_card import named_budget  # which finds its model here
+
+    budget = named_budget(name)
+    if budget is None:
         raise MembenchError(f"no card is called {name!r}{nearest(name, cards)}")
-    return cards[name]
+    return budget
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, Card]]:

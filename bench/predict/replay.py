@@ -124,6 +124,7 @@ class _Replayer:
         self._new: list[TraceEvent] = []  # made by the trace, not yet used by an allocation
         self._releases: list[TraceEvent] = []
         self._unsearched = False  # a retry may find in the cache what its search had not
+        self._may_have_waited = False
         self._partial = _releases_partially(trace)
         self._addresses = AddressUse(trace.events)
         self._lost_frees = 0  # frees that no block could be found for
@@ -136,8 +137,10 @@ class _Replayer:
             if event.kind in _RELEASES:
                 self._use_up_new()
                 if not self._releases:
-                    waited = before is not None and before.kind == "free_completed"
-                    self._unsearched = waited or trace_refuses
+                    last = None if before is None else before.kind
+                    self._unsearched = last == "free_completed" or trace_refuses
+                    # A retry's wait may have ended a free that was asked for just before.
+                    self._may_have_waited = last == "free" and not event.by_user
                 self._releases.append(event)
             else:
                 self._release()
@@ -145,7 +148,7 @@ class _Replayer:
                     self._new.append(event)
                 else:
                     self._allocate_or_free(event, number)
-                    self._unsearched = False
+                    self._unsearched = self._may_have_waited = False
             before = event
         self._release()
         self._use_up_new()
@@ -187,7 +190,10 @@ class _Replayer:
         reserved = allocator.reserved_bytes
         # A retry does not search again, whatever its wait for other streams has set free and
         # whatever its releases have made small enough for ``max_split_size``.
-        search = not (self._unsearched and (new or self._fills_run(event)))
+        search = not (
+            (self._unsearched and (new or self._fills_run(event)))
+            or (self._may_have_waited and new)
+        )
         try:
             block = allocator.malloc(event.size, event.stream, event.pool_id, search=search)
         except OutOfMemory:  # only for sizes beyond any card's address space

@@ -314,9 +314,10 @@ def gpu_visible() -> tuple[bool, str]:
     devices = nvml.devices(notes)
     if devices:
         return True, f"{devices[0].name}, torch built for CUDA {torch.cuda}"
-    # Without the Python package for NVML the device files still tell of a driver.
+    # Where NVML cannot be asked (no package; a container without the driver's utilities), the
+    # device files still tell of a driver.
     files = _device_files()
-    if files and not nvml.installed():
+    if files and (notes or not nvml.installed()):
         return True, f"{files[0]}, torch built for CUDA {torch.cuda}"
     why = notes[0].removeprefix("GPUs: ") if notes else "the driver lists none"
     return False, f"no NVIDIA GPU is visible ({why})"

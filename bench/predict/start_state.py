@@ -8,7 +8,7 @@ that were freed are known only as they were asked for; what they were charged is
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from bench.predict.alloc_conf import AllocatorSettings
@@ -21,6 +21,7 @@ __all__ = ["settle_blocks", "state_at_start"]
 _SMALL_SEGMENT_BYTES = 2 * MIB  # no large segment is that small
 _LARGEST_SLACK_BYTES = LARGEST_SMALL_BYTES  # what a large block may keep without being split
 _MAX_REPAIRS = 256  # each looks at every block alive
+_RELEASES = ("segment_free", "segment_unmap")
 _Key = tuple[int, bool, PoolId]  # stream, small, pool
 
 
@@ -53,7 +54,7 @@ class _Rewind:
         self.pages: dict[_Key, list[list[int]]] = {}  # mapped [start, end) by pool
         self.repairs = 0
         self._addresses = AddressUse(events)
-        self._page_classes = _PageClasses(final, events)
+        self._page_classes = _PageClasses(final, events, settings)
         for segment in final:
             if segment.expandable:
                 key = (segment.stream, segment.small, segment.pool_id)
@@ -104,10 +105,8 @@ class _Rewind:
 
     def _key(self, event: TraceEvent, number: int) -> _Key:
         """Say which pool pages belong to: the events do not tell small from large."""
-        if event.size % self.settings.large_segment_size_bytes:
-            small = True
-        elif event.kind == "segment_map":  # a small request maps one small page, never so many
-            small = False
+        if event.kind == "segment_map":  # a small request maps one small page, never more
+            small = event.size == _SMALL_SEGMENT_BYTES
         else:
             small = self._page_classes.were_small(event, number)
         return event.stream, small, event.pool_id
@@ -158,7 +157,14 @@ def _filled(
 class _PageClasses:
     """Whether pages are small or large ones, as far as the trace shows it."""
 
-    def __init__(self, final: Sequence[RecordedSegment], events: Sequence[TraceEvent]) -> None:
+    def __init__(
+        self,
+        final: Sequence[RecordedSegment],
+        events: Sequence[TraceEvent],
+        settings: AllocatorSettings,
+    ) -> None:
+        self._events = events
+        self._large_page = settings.large_segment_size_bytes
         self._maps = [(n, event) for n, event in enumerate(events) if event.kind == "segment_map"]
         self._ranges = [segment for segment in final if segment.expandable]
         kinds = ("alloc", "free", "free_completed") if self._maps or self._ranges else ()
@@ -172,17 +178,55 @@ class _PageClasses:
         """Whether the pages that event ``number`` unmaps were small ones.
 
         They were as when they were mapped; if that was before the trace, as the blocks that lived
-        in them; if none did, as the nearest pages known, since each pool's pages lie in one long
-        stretch of addresses.
+        in them; if none did, as the order of the release says; if it says nothing, as the nearest
+        pages known, since each pool's pages lie in one long stretch of addresses.
         """
+        shown = self._shown(event, number)
+        if shown is None:
+            shown = self._by_order(event, number)
+        return self._as_nearest(event) if shown is None else shown
+
+    def _shown(self, event: TraceEvent, number: int) -> bool | None:
+        """Tell by the size, by the pages as they were mapped, or by the blocks in them."""
+        if event.size % self._large_page:
+            return True
         for mapped_at, one in reversed(self._maps):
             if mapped_at < number and _covers(one, event.address) and _same_owner(one, event):
                 return one.size == _SMALL_SEGMENT_BYTES
         first = bisect_left(self._uses, (event.address,))
         last = bisect_left(self._uses, (event.address + event.size,))
         before = [(n, small) for _, n, small in self._uses[first:last] if n < number]
-        if before:
-            return max(before)[1]
+        return max(before)[1] if before else None
+
+    def _by_order(self, event: TraceEvent, number: int) -> bool | None:
+        """Tell by the order in which a cache is emptied: a pool's large pages, then its small ones.
+
+        Within each, blocks go by stream and size, of which the whole pages are all but two at most.
+        """
+        for _, other_number in self._same_release(event, number, -1):
+            if self._shown(self._events[other_number], other_number):
+                return True
+        for other, other_number in self._same_release(event, number, 1):
+            small = self._shown(other, other_number)
+            if small is False:
+                return False
+            if small:
+                follows = (other.stream, other.size + 2 * _SMALL_SEGMENT_BYTES)
+                return False if (event.stream, event.size) >= follows else None
+        return None
+
+    def _same_release(
+        self, event: TraceEvent, number: int, step: int
+    ) -> Iterator[tuple[TraceEvent, int]]:
+        """Yield what the pool unmapped in the same go, from ``number`` on in one direction."""
+        place = number + step
+        while 0 <= place < len(self._events) and self._events[place].kind in _RELEASES:
+            other = self._events[place]
+            if other.kind == "segment_unmap" and other.pool_id == event.pool_id:
+                yield other, place
+            place += step
+
+    def _as_nearest(self, event: TraceEvent) -> bool:
         known = [
             (abs(segment.address - event.address), segment.small)
             for segment in self._ranges

@@ -35,17 +35,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.errors import MembenchError
 from bench.flops import FlopCount
 from bench.predict.call_notes import (
+    LT_WORKSPACE_BYTES,
     convolution_call,
     operand_format,
     operator_call,
     runs_without_cudnn,
+    takes_lt_workspace,
 )
 from bench.predict.engine_adds import EngineAdds
 from bench.predict.fake_storages import forgetting_storages
+from bench.predict.hidden_temporaries import hidden_bytes
 from bench.predict.library_calls import Direction
 from bench.predict.source_lines import asked_by_grad_scaler, user_line
 from bench.predict.step_trace import Site, Trace
+from bench.predict.view_gradients import ViewGradients
 from bench.record import Category
+from memsave.recomputing import running_name
 
 __all__ = ["TraceError", "Tracer"]
 
@@ -53,7 +58,6 @@ _aten = torch.ops.aten
 _MATRIX_PRODUCTS = frozenset(
     {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv, _aten.addbmm}
 )
-_REDUCTIONS = frozenset({_aten.sum, _aten.nansum, _aten.mean, _aten.prod})
 
 
 class TraceError(MembenchError):
@@ -78,7 +82,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._module_names: dict[int, str] = {}
         self._module_lines: dict[str, str] = {}  # where the forward called the module
         self._module_stack: list[str] = []
-        self._cublas_seen = False
+        self._cublas_threads: set[tuple[bool, str]] = set()
+        self._view_gradients = ViewGradients()
         self._recording = True
         self.flops = FlopCount()
 
@@ -103,6 +108,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args)
         if not self._recording:
             return func(*args, **(kwargs or {}))
+        self._view_gradients.operator(func, args)
         site = self._site(func)
         func = self._engine_adds.operator(func, args)
         try:
@@ -123,10 +129,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._convolution_backward(args, result, site)
         else:
             if packet in _MATRIX_PRODUCTS:
-                self._cublas(site)
+                self._cublas(packet, args, site)
             self._record_result(result, site)
-            if packet in _REDUCTIONS and _is_on(args[0], self.device_type):
-                self._reduction(args[0], result, site)
+            hidden = hidden_bytes(packet, args, result)
+            if hidden and _is_on(result, self.device_type):
+                self._release([self._alloc(hidden, _copy_in(site))])
             elif self._watching and str(func) in self._watched:
                 call = operator_call(func, args, kwargs, self.device_type)
                 if call is not None:
@@ -310,27 +317,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _release(self, identities: list[int]) -> None:
         self.trace.events.extend(("free", identity) for identity in identities)
 
-    def _reduction(self, source: Tensor, result: Tensor, site: Site) -> None:
-        """A sum in a wider type, as of a mask in int64, is the sum of a copy in that type.
+    def _cublas(self, packet: Any, args: tuple[Any, ...], site: Site) -> None:
+        """Note the first product of each of the step's two threads: each has a handle of its own.
 
-        But for the one pair of types that CUDA's kernels read as they are: half into float32.
+        Autograd runs what is on a GPU in a thread for that GPU, recomputation included.
         """
-        half = source.dtype in (torch.float16, torch.bfloat16)
-        read = self.device_type == "cuda" and half and result.dtype == torch.float32
-        if source.dtype != result.dtype and not read:
-            size = source.numel() * result.element_size()
-            self._release([self._alloc(size, _copy_in(site))])
-
-    def _cublas(self, site: Site) -> None:
-        if not self._cublas_seen:
-            self._cublas_seen = True
+        in_backward = torch._C._current_graph_task_id() != -1
+        if (in_backward, "handle") not in self._cublas_threads:
+            self._cublas_threads.add((in_backward, "handle"))
             self.trace.events.append(("cublas", 0, site))
+        if packet is _aten.addmm and takes_lt_workspace(*args[:3]):
+            if (in_backward, "lt") not in self._cublas_threads:
+                self._cublas_threads.add((in_backward, "lt"))
+                self.trace.categories[self._alloc(LT_WORKSPACE_BYTES, site)] = "workspace"
 
     # -- attribution ------------------------------------------------------------------------
 
     def _site(self, func: Any) -> Site:
         node = torch._C._current_autograd_node()
         operator = str(func)
+        if name := running_name():  # what runs slab by slab, in either direction
+            return Site(name, operator, user_line())
         if node is None:
             site = Site(self._module_stack[-1] if self._module_stack else "", operator, user_line())
             # The node of this operator, if it gets one, was numbered just before we were called;

@@ -44,6 +44,7 @@ def main() -> None:
 def _predict(request: dict[str, Any], tracer: str) -> dict[str, Any]:
     from bench.case import Case
     from bench.predict.alloc_conf import parse_alloc_conf
+    from bench.predict.budget_choices import case_budgets
     from bench.predict.cards import Card
     from bench.predict.case_calls import case_calls
     from bench.predict.predictor import predict
@@ -54,6 +55,8 @@ def _predict(request: dict[str, Any], tracer: str) -> dict[str, Any]:
     device_type = "cpu" if tracer == "cpu" else "cuda"
     if request.get("calls"):
         return case_calls(case, device_type)
+    if request.get("budgets"):
+        return case_budgets(case, device_type)
     return predict(
         case,
         Card.from_dict(request["card"]),

@@ -31,7 +31,8 @@ class Workspaces:
     """A card's answers, for one setting of ``cudnn.benchmark``.
 
     ``trials``: whether the first call of each kind is charged what trying algorithms out takes, the
-    largest workspace that fits. Without, the figure is what the step cannot do without.
+    largest workspace that fits. Without, the figure is what the step cannot do without. Either way
+    torch empties its cache after each trial, which lets go of what had been cached so far.
     """
 
     card: Card
@@ -39,24 +40,37 @@ class Workspaces:
     trials: bool = True
     calibration: Calibration | None = None
     _known: dict[ConvolutionCall, CallMemory] = field(default_factory=dict)
+    _tried: set[object] = field(default_factory=set)
 
     @classmethod
     def of(cls, card: Card, benchmark: bool = False, *, trials: bool = True) -> Workspaces:
         """Read the card's calibration; raises MembenchError where it cannot be read."""
         return cls(card, benchmark, trials, read_calibration(card.calibration, card.name))
 
-    def convolution(self, event: Event, live_bytes: int) -> int:
-        """Return the workspace of a convolution's event while ``live_bytes`` are held."""
+    def convolution(self, event: Event) -> int:
+        """Return the workspace of a convolution's event."""
         _, operand_bytes, kind, *call, _ = event
         estimate = self.card.convolution_workspace_bytes(kind, operand_bytes)
         if self.calibration is None or not call:
             return estimate
-        first = call[0] not in self._known
-        memory = self.memory(call[0], estimate)
-        if not (first and self.trials):
-            return memory.workspace_bytes
+        return self.memory(call[0], estimate).workspace_bytes
+
+    def trial(self, event: Event, live_bytes: int, phase: str) -> int | None:
+        """Return what trying algorithms out takes while ``live_bytes`` are held, or None.
+
+        ``cudnn.benchmark`` tries at the first call of each kind, in each of a step's two threads:
+        what is recomputed in backward is tried again there.
+        """
+        call = event[3] if len(event) > 4 else event[1:3]
+        key = (call, phase == "backward")
+        if not self.benchmark or key in self._tried:
+            return None
+        self._tried.add(key)
+        workspace = self.convolution(event)
+        if not self.trials or self.calibration is None or len(event) <= 4:
+            return workspace
         room = self.card.capacity_bytes - live_bytes
-        return max(memory.workspace_bytes, min(memory.first_bytes, room))
+        return max(workspace, min(self.memory(event[3], 0).first_bytes, room))
 
     def memory(self, call: ConvolutionCall, estimate_bytes: int) -> CallMemory:
         """Return what a call takes, the card's estimate where nothing like it was measured."""
@@ -103,10 +117,14 @@ def fill_workspaces(
     """
     workspaces = Workspaces.of(card, cudnn_benchmark, trials=trials)
     filled = Filled(Trace(sites=list(trace.sites), categories=list(trace.categories)))
+    phase = ""
     for event in trace.events:
         if event[0] == "convolution":
-            size = workspaces.convolution(event, filled.live_bytes)
-            filled.add(("free", filled.allocate(size, event[-1])))
+            tried = workspaces.trial(event, filled.live_bytes, phase)
+            if tried is not None:
+                filled.add(("free", filled.allocate(tried, event[-1])))
+                filled.add(("empty_cache",))  # torch gives the cache back once it has tried
+            filled.add(("free", filled.allocate(workspaces.convolution(event), event[-1])))
         elif event[0] == "cublas":
             filled.allocate(card.cublas_workspace_bytes, event[2])
         elif event[0] == "operator":
@@ -114,6 +132,7 @@ def fill_workspaces(
             if size:
                 filled.add(("free", filled.allocate(size, event[2])))
         elif event[0] != "host":  # which is no memory of the card's
+            phase = event[1] if event[0] == "phase" else phase
             filled.add(event)
     return filled.trace
 

@@ -75,10 +75,25 @@ class UNet2D(nn.Module):
                 features = self.pool(features)
             features = block(features)
         for upsampling, block in zip(self.upsampling, self.decoder, strict=True):
-            features = torch.cat([skips.pop(), upsampling(features)], dim=1)
+            features = torch.cat([skips.pop(), _upsampled(features, upsampling)], dim=1)
             features = block(features)
         maps: Tensor = self.head(features)
         return maps
+
+
+def _upsampled(features: Tensor, upsampling: nn.Module) -> Tensor:
+    """Return the features upsampled, in their own type, where autocast would make them float32.
+
+    The concatenation would then be in float32 too, twice the bytes, and the next convolution would
+    make a half copy of it. Copies of half values lose nothing in half; gradients are the same.
+    """
+    kind = features.device.type
+    if not isinstance(upsampling, nn.Upsample) or not torch.amp.is_autocast_available(kind):
+        upsampled: Tensor = upsampling(features)
+        return upsampled
+    with torch.autocast(kind, enabled=False):
+        in_own_type: Tensor = upsampling(features)
+        return in_own_type
 
 
 def _double_conv(in_channels: int, out_channels: int, norm_relu: NormAct) -> nn.Sequential:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from memsave.recomputing import running
 from memsave.tiled.level import Level, Tail
 from memsave.tiled.stage import Stage
 
@@ -21,15 +22,11 @@ def run_encoder(level: Level, x: Tensor) -> Tensor:
 
 
 def run_decoder(
-    level: Level,
-    low: Tensor,
-    up_bias: nn.Parameter,
-    tail: Tail,
-    tail_parameters: list[nn.Parameter],
+    level: Level, low: Tensor, tail: Tail, tail_parameters: list[nn.Parameter]
 ) -> Tensor:
-    """Return the tail's result from the features below, which the bias is not yet added to."""
-    parameters = [*_parameters(level.decoder), *tail_parameters]
-    result: Tensor = _Decoder.apply(level, tail, low, up_bias, *parameters)  # type: ignore[no-untyped-call]
+    """Return the tail's result from what comes up from the level below."""
+    parameters = [*_parameters(level.decoder), *level.join.parameters, *tail_parameters]
+    result: Tensor = _Decoder.apply(level, tail, low, *parameters)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -42,37 +39,35 @@ class _Encoder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, level: Level, x: Tensor, *parameters: nn.Parameter) -> Tensor:
         ctx.level, ctx.parameters = level, parameters
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), running(level.names[0]):
             return level.run_encoder()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         level: Level = ctx.level
-        with torch.autocast(gradient.device.type, enabled=False):
+        with torch.autocast(gradient.device.type, enabled=False), running(level.names[0]):
             d_x = level.run_encoder_backward(gradient, input_gradient=ctx.needs_input_grad[1])
-        found = {p: g for stage in level.encoder for p, g in stage.gradients().items()}
+            found = {p: g for stage in level.encoder for p, g in stage.gradients().items()}
         return None, d_x, *(found.get(p) for p in ctx.parameters)
 
 
 class _Decoder(torch.autograd.Function):
-    # Kept for backward: what the level stores, and ``low``, which the level holds.
+    # Kept for backward: what the level stores, and ``low``, which the level's join holds.
     @staticmethod
     def forward(
-        ctx: Any, level: Level, tail: Tail, low: Tensor, up_bias: Tensor, *parameters: nn.Parameter
+        ctx: Any, level: Level, tail: Tail, low: Tensor, *parameters: nn.Parameter
     ) -> Tensor:
         ctx.level, ctx.tail, ctx.parameters = level, tail, parameters
-        ctx.bias_dtype = up_bias.dtype
-        with torch.autocast(low.device.type, enabled=False):
+        with torch.autocast(low.device.type, enabled=False), running(level.names[1]):
             return level.run_decoder(low, tail)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         level: Level = ctx.level
-        with torch.autocast(gradient.device.type, enabled=False):
-            d_low, d_bias = level.run_decoder_backward(ctx.tail, gradient)
-        found = {p: g for stage in level.decoder for p, g in stage.gradients().items()}
-        found |= ctx.tail.gradients()
-        of_parameters = (found.get(p) for p in ctx.parameters)
-        return None, None, d_low, d_bias.to(ctx.bias_dtype), *of_parameters
+        with torch.autocast(gradient.device.type, enabled=False), running(level.names[1]):
+            d_low = level.run_decoder_backward(ctx.tail, gradient)
+            found = {p: g for stage in level.decoder for p, g in stage.gradients().items()}
+            found |= level.join.gradients() | ctx.tail.gradients()
+        return None, None, d_low, *(found.get(p) for p in ctx.parameters)

@@ -1,16 +1,17 @@
 """One level of a U-Net, both of its halves, in one training step: the passes over its slabs.
 
-Encoder: x -> stages -> s, pooled for the level below. Decoder: s + up(low) -> stages -> tail, which
-is the loss, or a 1-wide convolution. s is made again wherever it is read. Backward comes in two
-parts, as autograd's order has it: the decoder's must end before the level below can begin, whose
-gradient of the pooled features the encoder's needs. What joins them is ds, the gradient of s by
-the decoder, stored or made again from the first decoder stage's gradient.
+Encoder: x -> stages -> s, pooled for the level below. Decoder: s and up(low), added or side by
+side -> stages -> tail, which is the loss, or what the level above reads. s is made again wherever
+it is read. Backward comes in two parts, as autograd's order has it: the decoder's must end before
+the level below can begin, whose gradient of the pooled features the encoder's needs. What joins
+them is ds, the gradient of s by the decoder, stored or made again from the first decoder stage's.
 
 Each norm costs a pass in forward, for its statistics, and one in backward, for its sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, Protocol
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memsave.errors import BackwardError
+from memsave.tiled.joins import Join
+from memsave.tiled.layers import StageLayers
 from memsave.tiled.slabs import Arena, Read, Slabs, SlabStore
-from memsave.tiled.stage import Stage, split_stages
+from memsave.tiled.stage import Stage
 
 __all__ = ["Keep", "Level", "LevelLayers", "Tail"]
 
@@ -43,8 +46,8 @@ class Tail(Protocol):
         """Return the gradient of what is read, on these slices."""
         ...
 
-    def add_gradients(self, read: Read, start: int, stop: int) -> None:
-        """Add what these slices give to the gradients of the tail's parameters."""
+    def run_backward(self, z: Tensor, start: int, stop: int) -> Tensor:
+        """Add what these slices, ``z``, give to the parameters' gradients; return z's gradient."""
         ...
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
@@ -60,10 +63,11 @@ class Tail(Protocol):
 class LevelLayers:
     """The layers of one level, and how it is cut."""
 
-    encoder: nn.Module  # convolutions and layers of norm and activation
-    up_bias: nn.Parameter  # added at every voxel; the upsampled features at every eighth
-    decoder: nn.Module
+    encoder: Sequence[StageLayers]
+    decoder: Sequence[StageLayers]
+    pool: tuple[int, int, int]  # kernel and stride, 2 along the last axis
     slabs: Slabs
+    names: tuple[str, str] = ("", "")  # of encoder and decoder, for whoever asks who holds memory
     keep: frozenset[Keep] = field(default_factory=frozenset)
 
 
@@ -72,19 +76,19 @@ class Level:
 
     Args:
         layers: its layers.
+        join: how skip and upsampled features come together.
         x: what the level reads, (N, C, A, B, slices), whole.
         dtype: the type to compute in.
         training: whether backward will follow; nothing is stored otherwise.
     """
 
     def __init__(
-        self, layers: LevelLayers, x: Tensor, dtype: torch.dtype, *, training: bool
+        self, layers: LevelLayers, join: Join, x: Tensor, dtype: torch.dtype, *, training: bool
     ) -> None:
-        self.slabs, self.dtype = layers.slabs, dtype
+        self.slabs, self.dtype, self.join, self.names = layers.slabs, dtype, join, layers.names
+        self._pool = layers.pool
         self._x: Tensor | None = x
         self._keep = layers.keep if training else frozenset[Keep]()
-        self._up_bias = layers.up_bias.detach().to(dtype)
-        self._low: Tensor | None = None
         self._pooled_gradient: Tensor | None = None
         self._skip_gradient: SlabStore | None = None
         self._tail: Tail | None = None
@@ -95,9 +99,9 @@ class Level:
         self.decoder = self._stages(layers.decoder, self._joined, samples)
         self.encoder[-1].read_output_gradient = self._encoded_gradient
 
-    def _stages(self, block: nn.Module, read: Read, samples: int) -> list[Stage]:
+    def _stages(self, block: Sequence[StageLayers], read: Read, samples: int) -> list[Stage]:
         stages: list[Stage] = []
-        for layers in split_stages(block):
+        for layers in block:
             stages.append(Stage(layers, read, samples, self.slabs, self.dtype))
             read = stages[-1].output
         for before, stage in pairwise(stages):
@@ -107,24 +111,25 @@ class Level:
     # -- forward ----------------------------------------------------------------------------
 
     def run_encoder(self) -> Tensor:
-        """Return the pooled features, half of each side, whole."""
+        """Return the pooled features, whole."""
         for stage in self.encoder:
             store = stage is self.encoder[-1] and "skip" in self._keep
             stage.run_forward(SlabStore() if store else None)
             self._forget()
         assert self._x is not None
         samples, _, *sides = self._x.shape
-        channels = self.encoder[-1].norm.channels
-        pooled = self._x.new_empty((samples, channels, *(n // 2 for n in sides)), dtype=self.dtype)
+        below = (n // k for n, k in zip(sides, self._pool, strict=True))
+        pooled = self._x.new_empty((samples, self.encoder[-1].channels, *below), dtype=self.dtype)
         for start, stop in self.slabs:
-            pooled[..., start // 2 : stop // 2] = F.max_pool3d(self._encoded(start, stop), 2)
+            part = F.max_pool3d(self._encoded(start, stop), self._pool)
+            pooled[..., start // 2 : stop // 2] = part
             self._forget()
         return pooled
 
     def run_decoder(self, low: Tensor, tail: Tail) -> Tensor:
-        """Return the tail's result; ``low`` is at half of each side, without the bias."""
-        self._low = low
-        self._arena = self._make_arena(low)
+        """Return the tail's result; ``low`` is what comes up from the level below, whole."""
+        self.join.start(low)
+        self._arena = self._make_arena()
         for number, stage in enumerate(self.decoder, start=1):
             store = not self._keep.isdisjoint((f"conv{number}", f"conv{number}_forward"))
             stage.run_forward(SlabStore(self._arena) if store else None)
@@ -141,17 +146,12 @@ class Level:
         return self.encoder[-1].output(start, stop)
 
     def _joined(self, start: int, stop: int) -> Tensor:
-        """Return s + up(low): a transposed convolution of kernel 1 and stride 2, and the skip."""
-        assert self._low is not None
-        joined = self._encoded(start, stop).add_(self._up_bias.view(1, -1, 1, 1, 1))
-        low = self._low[..., (start + 1) // 2 : (stop + 1) // 2]
-        joined[:, :, ::2, ::2, start % 2 :: 2].add_(low)
-        return joined
+        return self.join.joined(self._encoded(start, stop), start, stop)
 
     # -- backward of the decoder ------------------------------------------------------------
 
-    def run_decoder_backward(self, tail: Tail, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of ``low`` and of the upsampling's bias."""
+    def run_decoder_backward(self, tail: Tail, gradient: Tensor) -> Tensor:
+        """Return the gradient of ``low``."""
         if self._decoder_done:
             raise BackwardError(
                 "a tiled level runs backward once: its stored slabs are overwritten on the way; "
@@ -174,8 +174,10 @@ class Level:
 
         last.read_output_gradient = read_gradient
         for start, stop in self.slabs:
-            last.norm.observe_gradient(last.convolved(start, stop), read_gradient(start, stop))
-            tail.add_gradients(last.output, start, stop)
+            z = last.output(start, stop)
+            dz = tail.run_backward(z, start, stop)
+            del z
+            last.norm.observe_gradient(last.convolved(start, stop), dz)
             self._forget()
         last.norm.settle_gradient()
 
@@ -197,23 +199,22 @@ class Level:
         before.norm.settle_gradient()
         if keep:
             before.stored_gradient, stage.stored = stored, None
+            if stage.stored_gradient is not None:  # a third stage's: nobody reads it again
+                stage.stored_gradient.clear()
+                stage.stored_gradient = None
             before.stored = None if hand_over else before.stored
             before.convert()
 
-    def _into_the_skip(self, first: Stage) -> tuple[Tensor, Tensor]:
-        """Finish the decoder: its first weights, ``low`` and the bias; store ds if told to."""
-        assert self._low is not None
-        d_low = torch.empty_like(self._low)
-        wide = torch.promote_types(self.dtype, torch.float32)
-        d_bias = torch.zeros_like(self._up_bias, dtype=wide)
+    def _into_the_skip(self, first: Stage) -> Tensor:
+        """Finish the decoder: its first weights, and the join; store ds if told to."""
+        self.join.start_backward()
         if "skip_gradient" in self._keep:
             self._skip_gradient = SlabStore(self._arena)
         for start, stop in self.slabs:
-            ds = first.run_backward(start, stop)
-            d_low[..., start // 2 : stop // 2] = ds[:, :, ::2, ::2, ::2]
-            d_bias += ds.sum(dim=(0, 2, 3, 4), dtype=wide)
+            gradient = first.run_backward(start, stop)
+            self.join.add_gradients(gradient, start, stop)
             if self._skip_gradient is not None:
-                self._skip_gradient.append(start, ds)
+                self._skip_gradient.append(start, self.join.skip_gradient(gradient))
                 if first.stored_gradient is not None:
                     first.stored_gradient.release_before(stop - first.convolutions.halo)
             self._forget()
@@ -221,7 +222,7 @@ class Level:
             first.release()
         if self._skip_gradient is not None or first.stored_gradient is not None:
             self._release_decoder()  # ds comes from what is stored: no more need of the rest
-        return d_low, d_bias
+        return self.join.finish()
 
     # -- backward of the encoder ------------------------------------------------------------
 
@@ -234,12 +235,7 @@ class Level:
             )
         assert self._x is not None
         self._pooled_gradient = gradient
-        last = self.encoder[-1]
-        for start, stop in self.slabs:
-            dz = self._encoded_gradient(start, stop)
-            last.norm.observe_gradient(last.convolved(start, stop), dz)
-            self._forget()
-        last.norm.settle_gradient()
+        self._encoded_sums(self.encoder[-1])
         for stage, before in zip(self.encoder[:0:-1], self.encoder[-2::-1], strict=True):
             self._step_back(stage, before)
         d_x = torch.empty_like(self._x) if input_gradient else None
@@ -253,35 +249,50 @@ class Level:
         self._release()
         return d_x
 
+    def _encoded_sums(self, last: Stage) -> None:
+        """Take the norm's sums of the encoder's last stage; where ds is stored, make it dc."""
+        store = self._skip_gradient
+        for start, stop in self.slabs:
+            dz = self._encoded_gradient(start, stop)
+            last.norm.observe_gradient(last.convolved(start, stop), dz)
+            if store is not None:
+                store.write(start, dz)  # so that pooling is not undone a second time
+            self._forget()
+        last.norm.settle_gradient()
+        if store is not None:
+            last.stored_gradient, self._skip_gradient = store, None
+            last.convert()
+
     def _encoded_gradient(self, start: int, stop: int) -> Tensor:
         """Return the gradient of s: from the decoder, and from the pooling beside it."""
         if self._skip_gradient is not None:
             ds = self._skip_gradient.read(start, stop)
         else:
-            ds = self.decoder[0].input_gradient(start, stop)
+            ds = self.join.skip_gradient(self.decoder[0].input_gradient(start, stop))
         return ds + self._unpooled(start, stop)
 
     def _unpooled(self, start: int, stop: int) -> Tensor:
         assert self._pooled_gradient is not None
         first, last = start - start % 2, stop + stop % 2  # pooling takes slices in pairs
         gradient = self._pooled_gradient[..., first // 2 : last // 2].to(self.dtype).contiguous()
-        s = self._encoded(first, last)
-        _, chosen = F.max_pool3d(s, 2, return_indices=True)
+        s, kernel = self._encoded(first, last), list(self._pool)
+        _, chosen = F.max_pool3d(s, kernel, return_indices=True)
         whole: Tensor = torch.ops.aten.max_pool3d_with_indices_backward(
-            gradient, s, [2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1], False, chosen
+            gradient, s, kernel, kernel, [0, 0, 0], [1, 1, 1], False, chosen
         )
         return whole.narrow(-1, start - first, stop - start)
 
     # -- memory -----------------------------------------------------------------------------
 
-    def _make_arena(self, low: Tensor) -> Arena | None:
+    def _make_arena(self) -> Arena | None:
         """Return memory for the decoder's slabs, enough for what forward stores."""
         if not self._keep - {"skip"}:
             return None
+        assert self._x is not None
         thickness = max(stop - start for start, stop in self.slabs)
-        samples, _, height, width, _ = low.shape
-        shape = (samples, 2 * height, 2 * width, thickness)
-        arena = Arena(self.decoder[0].norm.channels, shape, low.new_empty(0, dtype=self.dtype))
+        samples, _, height, width, _ = self._x.shape
+        shape = (samples, height, width, thickness)
+        arena = Arena(self.decoder[0].channels, shape, self._x.new_empty(0, dtype=self.dtype))
         arena.grow(self._stored_blocks()[0])
         return arena
 
@@ -291,13 +302,13 @@ class Level:
         In backward: conv2's slabs go as the gradient's come, but for the first; then conv1's go;
         then, but for the first, the gradient's as the skip's come.
         """
-        slabs, channels = len(self.slabs), self.decoder[0].norm.channels
+        slabs, channels = len(self.slabs), self.decoder[0].channels
         conv1, conv1_forward, conv2, gradient, skip = (
             name in self._keep
             for name in ("conv1", "conv1_forward", "conv2", "gradient", "skip_gradient")
         )
-        of_conv2 = -(-self.decoder[-1].norm.channels // channels)
-        of_skip = -(-self.encoder[-1].norm.channels // channels)
+        of_conv2 = -(-self.decoder[-1].channels // channels)
+        of_skip = -(-self.encoder[-1].channels // channels)
         forward = slabs * ((conv1 or conv1_forward) + of_conv2 * conv2)
         sums = max(forward + 1, slabs * (conv1 + 1)) if gradient else 0
         last = max(slabs, slabs * of_skip) + of_skip if gradient else forward + slabs * of_skip
@@ -320,7 +331,8 @@ class Level:
     def _release_decoder(self) -> None:
         if self._tail is not None:
             self._tail.release()
-        self._low = self._tail = None
+        self._tail = None
+        self.join.release()
         for stage in self.decoder:
             stage.stored = None
 

@@ -1,4 +1,4 @@
-"""The FCN with its finest levels run slab by slab: ``TiledFCN``."""
+"""A U-Net with its finest levels run slab by slab: ``TiledUNet``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from memsave.errors import InputError, OptionError, RefusedError, UnknownNameError
-from memsave.networks.fcn import FCN
-from memsave.tiled.convolutions import as_parameter, check_layers
+from memsave.tiled.convolutions import as_parameter
 from memsave.tiled.functions import run_decoder, run_encoder
+from memsave.tiled.joins import check_upsampling, is_pointwise, make_join
+from memsave.tiled.layers import split_stages
+from memsave.tiled.layout import Kind, UNetLevel, find_layout, find_module
 from memsave.tiled.level import Keep, Level, LevelLayers, Tail
 from memsave.tiled.losses import SUMMED_LOSSES
-from memsave.tiled.norm_rules import norm_rule
 from memsave.tiled.slabs import cut
-from memsave.tiled.stage import split_stages
-from memsave.tiled.tails import ConvolutionTail, LossTail, Pointwise, check_target
+from memsave.tiled.tails import ConvolutionTail, LossTail, Pointwise, WholeTail, check_target
 
-__all__ = ["TiledFCN", "TiledLevelsOptions", "tile_levels"]
+__all__ = ["TiledLevelsOptions", "TiledUNet", "tile_levels"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +56,27 @@ def _check_keep(option: str, keep: tuple[Keep, ...]) -> None:
         )
 
 
-class TiledFCN(FCN):
-    """An ``FCN`` that shares another's modules, its finest levels run slab by slab.
+class TiledUNet(nn.Module):
+    """A U-Net that shares another's modules, its finest levels run slab by slab.
 
-    Made by ``tile_levels``. State dict, parameters and ``checkpointable_blocks`` of the levels
-    below are those of the network given. In training use ``training_loss``: there head and loss
-    are slab by slab as well. Called as a module it gives whole logits, which carry gradients too.
+    Made by ``tile_levels``. State dict and parameters are those of the network given, with the
+    same names; ``checkpointable_blocks`` are those of the levels below. In training use
+    ``training_loss``: there head and loss are slab by slab as well. Called as a module it gives
+    whole logits, which carry gradients too.
     """
 
-    def __init__(self, network: FCN, options: TiledLevelsOptions) -> None:
-        nn.Module.__init__(self)
-        self.in_channels, self.widths = network.in_channels, network.widths
-        self.encoder, self.pool = network.encoder, network.pool
-        self.upsampling, self.decoder = network.upsampling, network.decoder
-        self.head = network.head
+    def __init__(self, network: nn.Module, options: TiledLevelsOptions) -> None:
+        super().__init__()
+        self.layout = find_layout(network)
+        self.network_name = type(network).__name__
+        if network._parameters or network._buffers:
+            own = next(iter((*network._parameters, *network._buffers)))
+            raise RefusedError(
+                f"{self.network_name} cannot be tiled: it has {own!r} of its own, beside its "
+                "modules, which a level's layers cannot read"
+            )
+        for name, module in network.named_children():
+            self.add_module(name, module)
         self.tiling = options
         self._check_layers()
         self.train(network.training)
@@ -79,15 +86,21 @@ class TiledFCN(FCN):
         """The losses that ``training_loss`` knows."""
         return tuple(SUMMED_LOSSES)
 
+    @property
+    def divisor(self) -> tuple[int, int, int]:
+        """What each side of the input must be a multiple of."""
+        product = [1, 1, 1]
+        for level in self.layout.levels:
+            product = [a * b for a, b in zip(product, self._pool_kernel(level), strict=True)]
+        return (product[0], product[1], product[2])
+
     def checkpointable_blocks(self) -> tuple[str, ...]:
         """Names of the blocks that may be recomputed: those of the levels that are not tiled."""
-        first, last = self.tiling.levels, len(self.decoder) - self.tiling.levels
-        encoder = (f"encoder.{i}" for i in range(first, len(self.encoder)))
-        return (*encoder, *(f"decoder.{i}" for i in range(last)))
+        return self.layout.untiled(self.tiling.levels)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits of ``image``, whole."""
-        head = Pointwise(self.head, _compute_dtype(image, self.head.weight))
+        head = Pointwise(self._head(), self._compute_dtype(image))
         return self._run(image, ConvolutionTail(head))
 
     def training_loss(self, image: Tensor, target: Tensor, loss: str) -> Tensor:
@@ -95,81 +108,130 @@ class TiledFCN(FCN):
         if loss not in SUMMED_LOSSES:
             raise UnknownNameError("loss summed over slabs", loss, SUMMED_LOSSES)
         check_target(target, image)
-        head = Pointwise(self.head, _compute_dtype(image, self.head.weight))
+        head = Pointwise(self._head(), self._compute_dtype(image))
         return self._run(image, LossTail(head, SUMMED_LOSSES[loss], target))
 
     def _run(self, image: Tensor, tail: Tail) -> Tensor:
         self._check(image)
-        dtype, training = _compute_dtype(image, self.head.weight), torch.is_grad_enabled()
+        dtype, training = self._compute_dtype(image), torch.is_grad_enabled()
         levels: list[Level] = []
         features = image
-        for number in range(self.tiling.levels):
+        for number, declared in enumerate(self.layout.levels[: self.tiling.levels]):
             layers = self._layers(number, features.shape[-1])
-            levels.append(Level(layers, features, dtype, training=training))
+            join = make_join(self._up(declared), self.layout.join, layers.slabs, dtype)
+            levels.append(Level(layers, join, features, dtype, training=training))
             features = run_encoder(levels[-1], features)
         features = self._untiled(features)
         for number in reversed(range(self.tiling.levels)):
-            up = self.upsampling[-1 - number]
-            assert isinstance(up, nn.ConvTranspose3d)
-            if number == self.tiling.levels - 1:  # below it, the features are whole
+            up = self._up(self.layout.levels[number])
+            pointwise = is_pointwise(up, self.layout.join)
+            if pointwise and number == self.tiling.levels - 1:  # below it, the features are whole
                 features = nn.functional.conv_transpose3d(features, up.weight)
-            end = tail if number == 0 else self._up_tail(number, dtype)
-            features = run_decoder(
-                levels[number], features, as_parameter(up.bias), end, self._tail_parameters(number)
-            )
+            end = tail if number == 0 else self._tail_of(number, dtype)
+            features = run_decoder(levels[number], features, end, self._tail_parameters(number))
         return features
 
     def _untiled(self, features: Tensor) -> Tensor:
-        """Run the levels below, as ``FCN.forward`` does."""
+        """Run the levels below, as the network's own forward does."""
+        below = self.layout.levels[self.tiling.levels :]
         skips: list[Tensor] = []
-        for level, block in enumerate(self.encoder[self.tiling.levels :]):
-            if level > 0:
-                skips.append(features)
-                features = self.pool(features)
-            features = block(features)
-        for upsampling, block in zip(self.upsampling, self.decoder, strict=True):
-            if not skips:
-                break
-            features = upsampling(features)
-            features += skips.pop()
-            features = block(features)
+        for level in below:
+            skips.append(self.get_submodule(level.encoder)(features))
+            features = self.get_submodule(level.pool)(skips[-1])
+        features = self.get_submodule(self.layout.bottom)(features)
+        for level in below[::-1]:
+            features = self.get_submodule(level.up)(features)
+            if self.layout.join == "sum":
+                features += skips.pop()  # the other way round: pooling kept the skip
+            elif self.layout.join == "skip_first":
+                features = torch.cat([skips.pop(), features], dim=1)
+            else:
+                features = torch.cat([features, skips.pop()], dim=1)
+            features = self.get_submodule(level.decoder)(features)
         return features
 
-    def _up_tail(self, number: int, dtype: torch.dtype) -> Tail:
-        up = self.upsampling[-number]
-        assert isinstance(up, nn.ConvTranspose3d)
-        return ConvolutionTail(Pointwise(up, dtype))
+    def _tail_of(self, number: int, dtype: torch.dtype) -> Tail:
+        """Return what ends level ``number`` where a tiled level lies above it."""
+        up = self._up(self.layout.levels[number - 1])
+        if is_pointwise(up, self.layout.join):
+            return ConvolutionTail(Pointwise(up, dtype))
+        return WholeTail()
 
     def _tail_parameters(self, number: int) -> list[nn.Parameter]:
-        if number > 0:
-            return [as_parameter(self.upsampling[-number].weight)]
-        return [as_parameter(p) for p in (self.head.weight, self.head.bias) if p is not None]
+        if number == 0:
+            head = self._head()
+            return [as_parameter(p) for p in (head.weight, head.bias) if p is not None]
+        up = self._up(self.layout.levels[number - 1])
+        return [as_parameter(up.weight)] if is_pointwise(up, self.layout.join) else []
 
     def _layers(self, number: int, slices: int) -> LevelLayers:
-        up = self.upsampling[-1 - number]
+        level = self.layout.levels[number]
+        encoder, decoder = (
+            split_stages(self.get_submodule(name), name) for name in (level.encoder, level.decoder)
+        )
         return LevelLayers(
-            encoder=self.encoder[number],
-            up_bias=as_parameter(up.bias),
-            decoder=self.decoder[-1 - number],
+            encoder=encoder,
+            decoder=decoder,
+            pool=self._pool_kernel(level),
             slabs=cut(slices, max(1, self.tiling.slabs >> number)),  # as thick on every level
+            names=(f"{level.encoder} (tiled)", f"{level.decoder} (tiled)"),
             keep=self.tiling.keep_on(number),
         )
 
-    def _check_layers(self) -> None:
-        levels = len(self.encoder) - 1
-        if self.tiling.levels > levels:
-            raise OptionError(
-                f"this FCN has {levels} levels that can be tiled, all but the coarsest, "
-                f"got levels: {self.tiling.levels}"
+    def _module(self, name: str, kind: type[Kind]) -> Kind:
+        return find_module(self, name, kind, self.network_name)
+
+    def _up(self, level: UNetLevel) -> nn.ConvTranspose3d:
+        return self._module(level.up, nn.ConvTranspose3d)
+
+    def _head(self) -> nn.Conv3d:
+        return self._module(self.layout.head, nn.Conv3d)
+
+    def _pool_kernel(self, level: UNetLevel) -> tuple[int, int, int]:
+        kernel = self._module(level.pool, nn.MaxPool3d).kernel_size
+        sides = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        return (sides[0], sides[1], sides[2])
+
+    def _compute_dtype(self, image: Tensor) -> torch.dtype:
+        return _compute_dtype(image, self._head().weight)
+
+    def _check(self, image: Tensor) -> None:
+        channels = self._layers_in()
+        if image.dim() != 5 or image.shape[1] != channels:
+            raise InputError(
+                f"{self.network_name} takes images of shape (N, {channels}, A, B, C), "
+                f"got {tuple(image.shape)}"
             )
-        for number in range(self.tiling.levels):
-            for block in (self.encoder[number], self.decoder[-1 - number]):
-                for convolutions, norm in split_stages(block):
-                    check_layers(convolutions)
-                    norm_rule(norm)
+        if any(side % d for side, d in zip(image.shape[2:], self.divisor, strict=True)):
+            raise InputError(
+                f"{self.network_name} in tiled levels needs sides that are multiples of "
+                f"{self.divisor}, got {tuple(image.shape[2:])}: pad or crop the image"
+            )
+
+    def _layers_in(self) -> int:
+        encoder = self.layout.levels[0].encoder
+        return split_stages(self.get_submodule(encoder), encoder)[0].convolutions[0].in_channels
+
+    def _check_layers(self) -> None:
+        layout, tiled = self.layout, self.tiling.levels
+        if tiled > len(layout.levels):
+            raise OptionError(
+                f"this {self.network_name} has {len(layout.levels)} levels that can be tiled, all "
+                f"but the coarsest, got levels: {tiled}"
+            )
+        _check_head(self._head(), self.network_name)
+        for name in (layout.bottom, *layout.untiled(tiled)):
+            self._module(name, nn.Module)
+        for number, level in enumerate(layout.levels):
+            pool, up = (self._module(n, nn.Module) for n in (level.pool, level.up))
+            if number >= tiled:
+                continue
+            check_upsampling(up, pool)
+            for name in (level.encoder, level.decoder):
+                split_stages(self._module(name, nn.Module), name)
 
 
-def tile_levels(model: nn.Module, options: TiledLevelsOptions | None = None) -> TiledFCN:
+def tile_levels(model: nn.Module, options: TiledLevelsOptions | None = None) -> TiledUNet:
     """Return the network with its finest levels run slab by slab; it shares its parameters.
 
     A tiled level is cut along the last axis. Convolutions read the neighbouring slabs' slices and
@@ -181,7 +243,8 @@ def tile_levels(model: nn.Module, options: TiledLevelsOptions | None = None) -> 
     Memory: V voxels a tiled level, m and o the channels of its decoder's convolutions, i those of
         its input, b bytes a value (2 under autocast). From forward to backward: ``conv1`` m V b
         and ``conv2`` o V b bytes, if kept; ``skip``, the encoder's last convolution, o V b; the
-        pooled features o V b / 8; the features that come back up o V b / 8; and 36 bytes a channel,
+        pooled features o V b / 8; the features that come back up o V b / 8, or, where they are
+        concatenated or come up by a wider kernel, the level below's own; and 36 bytes a channel,
         norm and sample. In backward: ``gradient``, conv1's, m V b, taking the place of conv2
         and, with ``conv1_forward``, of conv1 slab by slab; ``skip_gradient``, o V b, taking the
         place of ``gradient``; it lives until the encoder's own backward. So all four of the
@@ -199,20 +262,26 @@ def tile_levels(model: nn.Module, options: TiledLevelsOptions | None = None) -> 
         float32, norm sums and the loss's in float64. In-place norms compute their function, with
         ``|weight| + eps``, from the stored input: no inversion, so without its error. Running
         statistics are updated once a step.
-    Errors: RefusedError for a network other than ``FCN``, and for layers that cannot be cut
-        (SyncBatchNorm, strided convolutions); OptionError for levels or slabs that it does not
-        have; InputError for a target or image that does not fit; BackwardError for a second
-        backward of one forward.
+    Networks: ``FCN``, ``LightUNet``, ``PocketNet3D`` of U-Net blocks, MONAI's ``BasicUNet``, and
+        any whose class has a method ``unet_layout()`` that returns a ``UNetLayout``.
+    Errors: RefusedError for another network, and for layers that cannot be cut (SyncBatchNorm,
+        strided convolutions, dropout, blocks with a forward of their own); OptionError for
+        levels or slabs that it does not have; InputError for a target or image that does not fit;
+        BackwardError for a second backward of one forward.
 
     Source: recomputation after Chen et al., arXiv:1604.06174; merged variances, Chan, Golub,
     LeVeque 1983; a norm's two passes as in synchronised batch norm, slabs in place of processes.
     """
-    if not isinstance(model, FCN):
+    return TiledUNet(model, options or TiledLevelsOptions())
+
+
+def _check_head(head: nn.Conv3d, network: str) -> None:
+    plain = head.kernel_size == (1, 1, 1) and head.stride == (1, 1, 1) and head.padding == (0, 0, 0)
+    if not plain or head.groups != 1:
         raise RefusedError(
-            f"{type(model).__name__} cannot be tiled: only the levels of an FCN can be, since "
-            "what runs slab by slab must be known from its layers"
+            f"the head of {network}, {head}, cannot run slab by slab: it must be a convolution of "
+            "kernel 1 that keeps its input's sides"
         )
-    return TiledFCN(model, options or TiledLevelsOptions())
 
 
 def _compute_dtype(image: Tensor, weight: Tensor) -> torch.dtype:

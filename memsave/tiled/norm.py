@@ -63,6 +63,7 @@ class SlabNorm:
         """Make mean and variance of what was observed; update running statistics, once."""
         norm = self.rule.norm
         if self.rule.uses_running_statistics():
+            assert norm is not None
             assert isinstance(norm.running_mean, Tensor)
             assert isinstance(norm.running_var, Tensor)
             mean, variance = self._repeat(norm.running_mean), self._repeat(norm.running_var)
@@ -116,9 +117,8 @@ class SlabNorm:
         result = torch.empty_like(source)
         for some in _parts(source):
             part = source[:, some] - _wide(self.mean[some])
-            part.mul_(_wide(self._slope[some])).add_(_wide(self._offset[some]))
-            part.addcmul_(dy[:, some], _wide(self._gain[some]))
-            result[:, some] = part
+            torch.addcmul(_wide(self._offset[some]), part, _wide(self._slope[some]), out=part)
+            torch.addcmul(part, dy[:, some], _wide(self._gain[some]), out=result[:, some])
         if self.rule.activation_first:
             result = self.rule.activation_gradient(result, self._flat(x))
         return result.view(x.shape)
@@ -183,7 +183,9 @@ class SlabNorm:
     def _update_running(self, mean: Tensor, variance: Tensor) -> None:
         norm = self.rule.norm
         running_mean = getattr(norm, "running_mean", None)
-        if self.rule.groups is not None or running_mean is None or not norm.training:
+        if norm is None or self.rule.groups is not None or running_mean is None:
+            return
+        if not norm.training:
             return
         assert isinstance(norm.running_var, Tensor)
         assert isinstance(norm.num_batches_tracked, Tensor)

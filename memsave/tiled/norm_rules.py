@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,19 +15,19 @@ from memsave.errors import RefusedError
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_abn_sync import InPlaceABNSync
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
-from memsave.recompute_pairs import _Elsewhere as Elsewhere
 from memsave.recomputed_norm_act import RecomputedNormAct
+from memsave.surgery.stand_ins import _RestingWhenMarked as RestingWhenMarked
 
-__all__ = ["NormRule", "norm_rule"]
+__all__ = ["NormRule", "joined_rule"]
 
 _Activation = Literal["relu", "leaky_relu", "elu", "identity"]
 
 
 @dataclass(frozen=True, slots=True)
 class NormRule:
-    """A norm and the activation before or behind it."""
+    """A norm and the activation before or behind it; either may be missing."""
 
-    norm: nn.Module  # holds weight, bias and, for batch norm, the running statistics
+    norm: nn.Module | None  # holds weight, bias and, for batch norm, the running statistics
     activation: _Activation
     parameter: float  # the leaky ReLU's slope, ELU's alpha
     activation_first: bool
@@ -36,7 +37,7 @@ class NormRule:
     @property
     def eps(self) -> float:
         """What is added to the variance."""
-        return float(self.norm.eps)  # type: ignore[arg-type]
+        return float(self.norm.eps)  # type: ignore[union-attr,arg-type]
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -50,8 +51,14 @@ class NormRule:
 
     def uses_running_statistics(self) -> bool:
         """Whether this forward takes the running statistics instead of the batch's."""
+        if self.norm is None:
+            return False
         running = getattr(self.norm, "running_mean", None)
         return self.groups is None and not self.norm.training and running is not None
+
+    def needs_statistics(self) -> bool:
+        """Whether a pass over all slabs must come before any slab's result."""
+        return self.norm is not None and not self.uses_running_statistics()
 
     def activate_(self, y: Tensor) -> Tensor:
         """Overwrite ``y`` with its activation."""
@@ -77,36 +84,55 @@ class NormRule:
         return result
 
 
-def norm_rule(layer: nn.Module) -> NormRule:
-    """Return what ``layer`` computes, or raise RefusedError if it cannot run slab by slab."""
-    if isinstance(layer, InPlaceABN | InPlaceGroupNorm | InPlaceInstanceNorm) and not isinstance(
-        layer, InPlaceABNSync
+def joined_rule(layers: Sequence[nn.Module], where: str) -> NormRule:
+    """Return what ``layers``, at most a norm and an activation, compute one after the other.
+
+    Raises RefusedError if that cannot run slab by slab; ``where`` says in whose name.
+    """
+    layers = _without_resting(layers)
+    if len(layers) == 1 and isinstance(
+        layer := layers[0], InPlaceABN | InPlaceGroupNorm | InPlaceInstanceNorm
     ):
+        if isinstance(layer, InPlaceABNSync):
+            raise _refused(layer, where)
         kind: _Activation = layer.activation
-        return NormRule(
-            layer, kind, float(layer.activation_param), False, True, _groups(layer, layer)
+        groups = _groups(layer, where)
+        return NormRule(layer, kind, float(layer.activation_param), False, True, groups)
+    if len(layers) == 1 and isinstance(layer := layers[0], RecomputedNormAct):
+        first, pair = layer.order == "act_norm", (layer.norm, layer.activation)
+        return _rule_of_pair(*pair, first, where)
+    if len(layers) > 2:
+        names = ", ".join(type(layer).__name__ for layer in layers)
+        raise RefusedError(
+            f"{names} in {where} cannot run slab by slab: between two convolutions stand at most "
+            "a norm and an activation"
         )
-    layer = _without_place_holder(layer)
-    if isinstance(layer, RecomputedNormAct):
-        pair, first = (layer.norm, layer.activation), layer.order == "act_norm"
-    elif isinstance(layer, nn.Sequential) and len(layer) == 2:
-        first = not _is_norm(layer[0])
-        pair = (layer[1], layer[0]) if first else (layer[0], layer[1])
-    else:
-        raise _refused(layer, layer)
-    norm, activation = pair
-    if not _is_norm(norm):
-        raise _refused(norm, layer)
-    name, parameter = _activation(activation, layer)
-    return NormRule(norm, name, parameter, first, False, _groups(norm, layer))
+    first = len(layers) == 2 and _is_norm(layers[1])
+    norms = [layer for layer in layers if _is_norm(layer)]
+    others = [layer for layer in layers if not _is_norm(layer)]
+    if len(norms) > 1 or len(others) > 1:
+        raise _refused(layers[0], where)
+    return _rule_of_pair(next(iter(norms), None), next(iter(others), None), first, where)
 
 
-def _without_place_holder(layer: nn.Module) -> nn.Module:
-    """Return the pair that ``recompute_pairs`` put into a sequence of norm and activation."""
-    children = list(layer.children()) if isinstance(layer, nn.Sequential) else []
-    pairs = [child for child in children if isinstance(child, RecomputedNormAct)]
-    rest = [child for child in children if not isinstance(child, RecomputedNormAct | Elsewhere)]
-    return pairs[0] if len(pairs) == 1 and not rest else layer
+def _rule_of_pair(
+    norm: nn.Module | None, activation: nn.Module | None, first: bool, where: str
+) -> NormRule:
+    if norm is not None and not _is_norm(norm):
+        raise _refused(norm, where)
+    name, parameter = _activation(activation, where)
+    groups = None if norm is None else _groups(norm, where)
+    return NormRule(norm, name, parameter, first, False, groups)
+
+
+def _without_resting(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Leave out an activation that rests because the layer before it has applied it."""
+    fused = (InPlaceABN, InPlaceGroupNorm, InPlaceInstanceNorm, RecomputedNormAct)
+    return [
+        layer
+        for before, layer in zip([None, *layers], layers, strict=False)
+        if not (isinstance(layer, RestingWhenMarked) and isinstance(before, fused))
+    ]
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -115,9 +141,9 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm)
 
 
-def _groups(norm: nn.Module, layer: nn.Module) -> int | None:
+def _groups(norm: nn.Module, where: str) -> int | None:
     if isinstance(norm, _InstanceNorm) and norm.track_running_stats:
-        raise _refused(norm, layer)
+        raise _refused(norm, where)
     if isinstance(norm, _InstanceNorm | InPlaceInstanceNorm):
         return norm.num_features
     if isinstance(norm, nn.GroupNorm | InPlaceGroupNorm):
@@ -125,20 +151,20 @@ def _groups(norm: nn.Module, layer: nn.Module) -> int | None:
     return None
 
 
-def _activation(module: nn.Module, layer: nn.Module) -> tuple[_Activation, float]:
+def _activation(module: nn.Module | None, where: str) -> tuple[_Activation, float]:
+    if module is None:
+        return "identity", 0.0
     if isinstance(module, nn.ReLU):
         return "relu", 0.0
     if isinstance(module, nn.LeakyReLU):
         return "leaky_relu", float(module.negative_slope)
     if isinstance(module, nn.ELU):
         return "elu", float(module.alpha)
-    if isinstance(module, nn.Identity):
-        return "identity", 0.0
-    raise _refused(module, layer)
+    raise _refused(module, where)
 
 
-def _refused(module: nn.Module, layer: nn.Module) -> RefusedError:
+def _refused(module: nn.Module, where: str) -> RefusedError:
     return RefusedError(
-        f"{type(module).__name__} in {type(layer).__name__} cannot run slab by slab: take a batch, "
-        "group or instance norm of one process, and ReLU, leaky ReLU, ELU or no activation"
+        f"{type(module).__name__} in {where} cannot run slab by slab: take a batch, "
+        "group or instance norm of one process, or none, and ReLU, leaky ReLU, ELU or no activation"
     )

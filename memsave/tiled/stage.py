@@ -7,19 +7,19 @@ changes no value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from memsave.recomputing import computed_again
+from memsave.tiled.activation import SlabActivation
 from memsave.tiled.convolutions import Convolutions, as_parameter
+from memsave.tiled.layers import StageLayers
 from memsave.tiled.norm import SlabNorm
-from memsave.tiled.norm_rules import norm_rule
 from memsave.tiled.slabs import Read, Slabs, SlabStore, padded
 
-__all__ = ["Stage", "split_stages"]
+__all__ = ["Stage"]
 
 
 class Stage:
@@ -34,16 +34,19 @@ class Stage:
 
     def __init__(
         self,
-        layers: tuple[Sequence[nn.Conv3d], nn.Module],
+        layers: StageLayers,
         read: Read,
         samples: int,
         slabs: Slabs,
         dtype: torch.dtype,
     ) -> None:
-        convolutions, norm = layers
-        self.convolutions = Convolutions(convolutions, dtype)
-        channels = convolutions[-1].out_channels
-        self.norm = SlabNorm(norm_rule(norm), samples, channels, dtype)
+        self.convolutions = Convolutions(layers.convolutions, dtype)
+        self.channels = layers.convolutions[-1].out_channels
+        self.norm: SlabNorm | SlabActivation
+        if layers.rule.norm is None:
+            self.norm = SlabActivation(layers.rule, self.channels)
+        else:
+            self.norm = SlabNorm(layers.rule, samples, self.channels, dtype)
         self.read = read
         self.slabs = slabs
         self.read_output_gradient: Read | None = None  # dz, from whoever reads z
@@ -57,13 +60,12 @@ class Stage:
 
     def run_forward(self, store: SlabStore | None = None) -> None:
         """Take the norm's statistics over all slabs; put ``c`` into ``store`` if there is one."""
-        if store is not None or not self.norm.rule.uses_running_statistics():
+        if store is not None or self.norm.rule.needs_statistics():
             for start, stop in self.slabs:
                 c = self._compute(start, stop)
                 self.norm.observe(c)
                 if store is not None:
                     store.append(start, c)
-            self._was_computed = True
         self.norm.settle()
         self.stored = store
 
@@ -87,7 +89,9 @@ class Stage:
         self._last = None
 
     def _compute(self, start: int, stop: int) -> Tensor:
-        return self.convolutions.forward(self._padded(self.read, start, stop))
+        c = self.convolutions.forward(self._padded(self.read, start, stop))
+        self._was_computed = self._was_computed or stop == self.slabs[-1][1]
+        return c
 
     def _padded(self, read: Read, start: int, stop: int) -> Tensor:
         return padded(read, start, stop, self.convolutions.halo, self.slabs[-1][1])
@@ -154,16 +158,3 @@ class Stage:
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return the parameters' gradients."""
         return {**self.convolutions.gradients(), **self.norm.gradients()}
-
-
-def split_stages(block: nn.Module) -> list[tuple[list[nn.Conv3d], nn.Module]]:
-    """Return a block's convolutions and the norm after them, stage by stage."""
-    stages: list[tuple[list[nn.Conv3d], nn.Module]] = []
-    convolutions: list[nn.Conv3d] = []
-    for layer in block.children():
-        if isinstance(layer, nn.Conv3d):
-            convolutions.append(layer)
-        else:
-            stages.append((convolutions, layer))
-            convolutions = []
-    return stages

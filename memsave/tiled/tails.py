@@ -1,4 +1,4 @@
-"""What ends a tiled level: a 1-wide convolution whole, or the head and the loss together."""
+"""What ends a tiled level: its features, a 1-wide convolution of them, or head and loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memsave.tiled.convolutions import as_parameter
 from memsave.tiled.losses import SummedLoss
 from memsave.tiled.slabs import Read, Slabs
 
-__all__ = ["ConvolutionTail", "LossTail", "Pointwise", "check_target"]
+__all__ = ["ConvolutionTail", "LossTail", "Pointwise", "WholeTail", "check_target"]
 
 
 class Pointwise:
@@ -95,9 +95,11 @@ class ConvolutionTail:
         """Return the gradient of what is read, on these slices."""
         return self.convolution.input_gradient(self._part(start, stop))
 
-    def add_gradients(self, read: Read, start: int, stop: int) -> None:
-        """Add what these slices give to the gradients of weight and bias."""
-        self.convolution.add_gradients(read(start, stop), self._part(start, stop))
+    def run_backward(self, z: Tensor, start: int, stop: int) -> Tensor:
+        """Add what these slices, ``z``, give to the parameters' gradients; return z's gradient."""
+        gradient = self._part(start, stop)
+        self.convolution.add_gradients(z, gradient)
+        return self.convolution.input_gradient(gradient)
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return the gradients of weight and bias."""
@@ -110,6 +112,48 @@ class ConvolutionTail:
     def _part(self, start: int, stop: int) -> Tensor:
         assert self._gradient is not None
         return self._gradient[..., start:stop].to(self.convolution.weight.dtype).contiguous()
+
+
+class WholeTail:
+    """The decoder's features themselves, whole, for the level above."""
+
+    def __init__(self) -> None:
+        self._gradient: Tensor | None = None
+
+    def run_forward(self, read: Read, slabs: Slabs) -> Tensor:
+        """Return the features, from all slabs."""
+        result: Tensor | None = None
+        for start, stop in slabs:
+            part = read(start, stop)
+            if result is None:
+                result = part.new_empty((*part.shape[:-1], slabs[-1][1]))
+            result[..., start:stop] = part
+        assert result is not None
+        return result
+
+    def start_backward(self, gradient: Tensor) -> None:
+        """Take the features' gradient."""
+        self._gradient = gradient
+
+    def input_gradient(self, read: Read, start: int, stop: int) -> Tensor:  # noqa: ARG002
+        """Return the gradient of these slices."""
+        return self._part(start, stop)
+
+    def run_backward(self, z: Tensor, start: int, stop: int) -> Tensor:  # noqa: ARG002
+        """Return z's gradient: there are no parameters."""
+        return self._part(start, stop)
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Return nothing: there are no parameters."""
+        return {}
+
+    def release(self) -> None:
+        """Let the features' gradient go."""
+        self._gradient = None
+
+    def _part(self, start: int, stop: int) -> Tensor:
+        assert self._gradient is not None
+        return self._gradient[..., start:stop].contiguous()
 
 
 class LossTail:
@@ -128,7 +172,7 @@ class LossTail:
         """Return the loss of all slabs."""
         total: Tensor | None = None
         for start, stop in slabs:
-            sums = self.loss.sums(self._logits(read, start, stop), self._target(start, stop))
+            sums = self.loss.sums(self._logits(read(start, stop)), self._target(start, stop))
             total = sums.double() if total is None else total + sums.double()
         assert total is not None
         self._sums = total
@@ -145,12 +189,13 @@ class LossTail:
 
     def input_gradient(self, read: Read, start: int, stop: int) -> Tensor:
         """Return the gradient of what is read, on these slices."""
-        return self.head.input_gradient(self._logits_gradient(read, start, stop))
+        return self.head.input_gradient(self._logits_gradient(read(start, stop), start, stop))
 
-    def add_gradients(self, read: Read, start: int, stop: int) -> None:
-        """Add what these slices give to the gradients of the head."""
-        gradient = self._logits_gradient(read, start, stop)
-        self.head.add_gradients(read(start, stop), gradient)
+    def run_backward(self, z: Tensor, start: int, stop: int) -> Tensor:
+        """Add what these slices, ``z``, give to the head's gradients; return z's gradient."""
+        gradient = self._logits_gradient(z, start, stop)
+        self.head.add_gradients(z, gradient)
+        return self.head.input_gradient(gradient)
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return the gradients of the head."""
@@ -160,18 +205,18 @@ class LossTail:
         """Let the target go."""
         self.target = None
 
-    def _logits(self, read: Read, start: int, stop: int) -> Tensor:
-        logits = self.head.forward(read(start, stop))
+    def _logits(self, z: Tensor) -> Tensor:
+        logits = self.head.forward(z)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _target(self, start: int, stop: int) -> Tensor:
         assert self.target is not None
         return self.target[..., start:stop].contiguous()
 
-    def _logits_gradient(self, read: Read, start: int, stop: int) -> Tensor:
+    def _logits_gradient(self, z: Tensor, start: int, stop: int) -> Tensor:
         assert self._weights is not None
         with computed_again():
-            logits = self._logits(read, start, stop)
+            logits = self._logits(z)
         with torch.enable_grad():
             logits = logits.requires_grad_()
             sums = self.loss.sums(logits, self._target(start, stop))

@@ -130,6 +130,7 @@ def test_every_proposal_of_the_written_suite_gives_the_same_bytes_again(
         [TechniqueUse(name="inplace_abn"), TechniqueUse(name="checkpoint")],
         [TechniqueUse(name="recomputed_norm_act"), TechniqueUse(name="offload")],
         [TechniqueUse(name="tiled_levels")],
+        [TechniqueUse(name="checkpoint_budget", options={"budget": 2**20})],
         [
             TechniqueUse(name="checkpoint", options={"every": 2}),
             TechniqueUse(name="optimizer_in_backward"),

@@ -16,7 +16,7 @@ from bench.losses import LOSS_TARGETS, LOSSES
 from bench.predict.predictor import trace_case
 from bench.workload import build_workload, is_exact, technique_names
 from memsave.mixed_precision import MixedPrecision
-from memsave.tiled import TiledFCN
+from memsave.tiled import TiledUNet
 from memsave.tiled.losses import SUMMED_LOSSES
 from tests.bench.records import make_case
 
@@ -91,7 +91,7 @@ def test_a_case_trains_as_without_tiles() -> None:
 def test_the_loss_is_computed_inside_only_while_training() -> None:
     """Training never has the logits whole; a prediction gives them."""
     training = build_workload(a_case(techniques=[TILED]), lambda _: None, "cpu")
-    assert isinstance(training.model, TiledFCN)
+    assert isinstance(training.model, TiledUNet)
     assert training.output().shape == ()
     infer = build_workload(a_case(techniques=[TILED], mode="infer"), lambda _: None, "cpu")
     assert infer.output().shape == (1, 3, 8, 8, 24)
@@ -201,7 +201,7 @@ def test_apply_gives_the_tiled_network() -> None:
     torch.manual_seed(0)
     model = memsave.FCN(widths=(4, 8), norm="batch_norm_leaky_relu")
     applied = memsave.apply(model, [("tiled_levels", {"slabs": 2})])
-    assert isinstance(applied.model, TiledFCN)
+    assert isinstance(applied.model, TiledUNet)
     image = torch.randn(1, 1, 4, 4, 8)
     with torch.no_grad():
         torch.testing.assert_close(applied.model.eval()(image), model.eval()(image))
@@ -216,6 +216,19 @@ def test_tiled_levels_are_exact_by_name() -> None:
 
 def test_a_network_that_cannot_be_tiled_is_one_line() -> None:
     """The error is one that users can repair."""
-    fields = {"network": "light_unet", "network_options": {}, "loss": "focal"}
-    with pytest.raises(MembenchError, match="LightUNet cannot be tiled"):
+    fields = {"network": "dense_vnet", "network_options": {}, "loss": "focal"}
+    with pytest.raises(MembenchError, match="DenseVNet cannot be tiled"):
         build_workload(a_case(techniques=[TILED], **fields), lambda _: None, "cpu")
+
+
+def test_what_a_tiled_level_allocates_is_in_its_name() -> None:
+    """Slabs run no module that could be seen: both halves of both levels, in either direction."""
+    trace = trace_case(a_case(techniques=[TILED]), "cpu")[0]
+    halves = {"encoder.0", "encoder.1", "decoder.0", "decoder.1"}
+    named = {site.module for site in trace.sites}
+    assert {f"{half} (tiled)" for half in halves} <= named
+    of_slabs = [site for site in trace.sites if "memsave/tiled/" in site.source_line]
+    inside = [s for s in of_slabs if "network.py" not in s.source_line]
+    unnamed = [s for s in inside if not s.module.endswith("(tiled)")]
+    assert len(inside) > 1000
+    assert len(unnamed) < len(inside) / 50  # weights cast before a level begins

@@ -92,7 +92,7 @@ def test_random_runs_leave_the_simulator_where_they_leave_the_gpu(
 ) -> None:
     """Addresses and all four counters after every event, peaks, retries and refusals at the end."""
     events = random_events(seed)
-    environment = {"PYTORCH_ALLOC_CONF": conf, "PYTORCH_CUDA_ALLOC_CONF": ""}
+    environment = {"PYTORCH_ALLOC_CONF": conf}
     measured = in_fresh_process(run_events, environment, events=events, limit_bytes=limit_bytes)
     total_bytes = measured["total_bytes"]
     settings = parse_alloc_conf(conf)
@@ -135,7 +135,7 @@ def test_a_training_steps_snapshot_replays_with_every_address(
 ) -> None:
     path = tmp_path / "snapshot.pickle"
     case = small_case(precision=precision)
-    environment = {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": ""}
+    environment = {"PYTORCH_ALLOC_CONF": ""}
 
     reserved = in_fresh_process(
         train_recorded, environment, case=case.to_definition(), path=str(path)

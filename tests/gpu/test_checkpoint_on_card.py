@@ -12,6 +12,7 @@ from tests.memsave.test_checkpoint_mutants import WAYS, layers
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("way", WAYS)
 def test_the_random_state_of_a_gpu_is_restored_too(way: str) -> None:
     plain = layers(0.5).cuda()

@@ -42,6 +42,7 @@ def bound(dtype: torch.dtype) -> float:
     return 2e-5 if dtype == torch.float32 else 16 * torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_values_and_gradients_are_batch_norms_and_leaky_relus(
@@ -73,6 +74,7 @@ def test_values_and_gradients_are_batch_norms_and_leaky_relus(
     torch.testing.assert_close(abn.running_var, norm.running_var, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_cuda_and_cpu_agree(dtype: torch.dtype) -> None:
     abn, _ = norms(SHAPE[1])

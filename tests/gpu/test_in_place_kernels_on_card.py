@@ -59,6 +59,7 @@ def test_forward_and_backward_take_partial_sums_and_nothing_of_an_activations_si
     assert peak - before == 4 * (2 * 64 + cut.partials + 2 * cut.statistics)
 
 
+@pytest.mark.needs_kernels
 def test_more_elements_than_32_bits_count() -> None:
     """The last channel lies past 2^31 elements; it must come out as it does alone."""
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
@@ -72,6 +73,7 @@ def test_more_elements_than_32_bits_count() -> None:
     torch.testing.assert_close(z[:, 4:], expected, rtol=2e-3, atol=2e-6)
 
 
+@pytest.mark.needs_kernels
 def test_a_constant_channel_and_a_huge_mean_come_out() -> None:
     """Mean 1e6, spread 8: float32 holds the values to 0.06, so xhat to 1e-2."""
     x = torch.randn(2, 2, 40, 40, 40, device="cuda") * 8 + 1e6

@@ -81,6 +81,7 @@ def test_the_process_is_its_parts_and_the_context_is_a_contexts_size(
     assert abs(total - gpu_identity().memory_bytes) < GIB
 
 
+@pytest.mark.needs_kernels
 def test_steps_are_timed(readings: dict[str, Any]) -> None:
     assert len(readings["step_times_s"]) == 3
     # A U-Net at 64 cubed takes milliseconds; microseconds would mean that nothing was waited for.

@@ -33,6 +33,7 @@ def step(model: nn.Module, x: Tensor, scope: AbstractContextManager[None]) -> in
     return held
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize("in_flight_bytes", [0, 20 * MIB, 2**30])
 def test_gradients_are_equal_to_the_bit_and_the_card_keeps_what_is_in_flight(
     in_flight_bytes: int,

@@ -52,7 +52,7 @@ def predicted(case: Case, card: Card) -> dict[str, Any]:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    environment = {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": ""}
+    environment = {"PYTORCH_ALLOC_CONF": ""}
     return answer("bench.measure_worker", environment, {"case": case.to_definition()})
 
 

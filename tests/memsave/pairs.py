@@ -29,7 +29,7 @@ from memsave.optimizer_in_backward import _InBackward
 from memsave.recomputed_norm_act import RecomputedNormAct
 from memsave.technique_pairs import find_conflict
 from memsave.techniques import TECHNIQUES
-from memsave.tiled import TiledFCN
+from memsave.tiled import TiledUNet
 
 __all__ = [
     "COMPRESSED",
@@ -110,7 +110,8 @@ _REFUSED_BY_THEMSELVES: dict[frozenset[str], Refused] = {
     frozenset({"inplace_group_norm", "checkpoint_steps"}): _NO_SUCH_NORM,
     frozenset({"inplace_instance_norm", "checkpoint_steps"}): _NO_SUCH_NORM,
     frozenset({"checkpoint_steps", "tiled_levels"}): Refused(
-        "ConvLSTM cannot be tiled", "only an FCN can be tiled, and it takes no steps"
+        "ConvLSTM cannot be tiled",
+        "only a 3D U-Net can be tiled, and it takes no steps",
     ),
 }
 NOTES: dict[frozenset[str], str] = {
@@ -261,7 +262,7 @@ _KINDS: dict[str, type] = {
     "checkpoint": _Checkpointed,
     "checkpoint_selective": _Selective,
     "checkpoint_budget": _Checkpointed,  # placed at the first forward
-    "tiled_levels": TiledFCN,
+    "tiled_levels": TiledUNet,
 }
 
 

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 import memsave
 from memsave.block_costs import measure_blocks
-from memsave.checkpoint_budget import budget_bytes, checkpoint_budget, plan_checkpoints
+from memsave.checkpoint_budget import (
+    budget_bytes,
+    budget_choices,
+    checkpoint_budget,
+    plan_checkpoints,
+)
 from memsave.errors import OptionError, RefusedError, UnknownNameError
 from memsave.networks import FCN
 from memsave.networks.conv_lstm import ConvLSTM
@@ -238,3 +243,36 @@ def test_of_the_ways_to_checkpoint_blocks_a_network_takes_one(first: str, second
 def test_a_sequence_has_one_budget() -> None:
     with pytest.raises(RefusedError, match="checkpointed already: a budget decides"):
         checkpoint_budget(checkpoint_budget(_layers()))
+
+
+def test_the_choices_are_budgets_that_ask_for_the_placements_named() -> None:
+    measured = checkpoint_budget(_layers())
+    measured(_image()).sum().backward()
+
+    choices = budget_choices(measured)
+
+    assert choices[0].recomputed == ()
+    assert len(choices) > 2
+    for choice in choices:
+        model = checkpoint_budget(_layers(), choice.peak_bytes)
+        model(_image())
+        assert _placement(model) == choice
+    assert choices[-1] == _placement(measured)
+
+
+def test_the_choices_of_a_model_with_named_blocks_are_found_within_another() -> None:
+    network = checkpoint_budget(FCN(widths=[4, 8]))
+    around = nn.ModuleDict({"part": network})
+    network(torch.randn(1, 1, 8, 8, 8))
+
+    assert budget_choices(around) == budget_choices(network)
+    assert budget_choices(around)[-1] == _placement(network)
+
+
+def test_a_model_that_has_not_run_has_no_choices() -> None:
+    model = checkpoint_budget(_layers())
+    with torch.no_grad():
+        model(_image())
+
+    with pytest.raises(OptionError, match="has not been measured: call checkpoint_budget, then"):
+        budget_choices(model)

@@ -59,13 +59,107 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_together_are_one(tmp_path: Path) -> None:
-    """Values, gradients, running statistics: float64, so a few roundings of 1e-16."""
-    meeting = tmp_path / "meeting"
+# What either process must refuse, alike: nothing may be exchanged by one of them alone.
+REFUSALS = """
+import sys, torch, torch.distributed as dist
+from memsave import InPlaceABNSync
+from memsave.errors import BackwardError, InputError
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(rank)
+abn, shape = InPlaceABNSync(3), (rank + 1, 3, 5)
+
+def fresh(dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+def refused(kind, words, run, *arguments):
+    try:
+        run(*arguments)
+    except kind as error:
+        assert words in str(error), error
+        print(words)
+    else:
+        raise AssertionError(words + ": not refused")
+
+leaf = fresh()
+refused(InputError, "a leaf that requires grad", abn, leaf)
+refused(InputError, "got an input with 4", abn, torch.randn(2, 4, 5))
+refused(InputError, "floating-point", abn, torch.ones(2, 3, 5, dtype=torch.int64))
+refused(InputError, "expanded here", abn, torch.randn(1, 3, 1).expand(2, 3, 5))
+
+x = fresh() * 1
+z = abn(x)
+refused(InputError, "after it was overwritten", x.sum)
+loss = (z * 3).sum()
+loss.backward(retain_graph=True)
+refused(BackwardError, "no second backward pass", loss.backward)
+
+once = abn(fresh() * 1).sum()
+once.backward()
+refused(RuntimeError, "a second time", once.backward)
+
+leaf = fresh(torch.float64)
+wide = InPlaceABNSync(3).double()
+(first,) = torch.autograd.grad(wide(leaf * 1).square().sum(), leaf, create_graph=True)
+refused(BackwardError, "no double backward", first.sum().backward)
+
+z = abn(fresh() * 1)
+z.mul_(2)
+refused(RuntimeError, "modified by an inplace operation", z.sum().backward)
+
+z = abn(torch.sigmoid(fresh()))
+refused(RuntimeError, "modified by an inplace operation", z.sum().backward)
+
+dist.barrier()  # and both are still in step
+print("together")
+dist.destroy_process_group()
+"""
+
+# Weights of SyncBatchNorm, which runs on GPUs alone: its formula on the whole batch instead.
+LOADED = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from memsave import InPlaceABNSync
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(0)
+theirs = nn.SyncBatchNorm(3).double()
+nn.init.uniform_(theirs.weight, 0.5, 1.5), nn.init.normal_(theirs.bias)
+nn.init.normal_(theirs.running_mean), nn.init.uniform_(theirs.running_var, 0.5, 2)
+batch, dz = torch.randn(5, 3, 4, 2).double(), torch.randn(5, 3, 4, 2).double()
+abn = InPlaceABNSync(3, eps=1e-5).double()
+abn.load_state_dict(theirs.state_dict())
+mean, var = theirs.running_mean.clone(), theirs.running_var.clone()
+weight = (theirs.weight.detach() + 1e-5).requires_grad_()
+bias = theirs.bias.detach().clone().requires_grad_()
+leaf = batch.clone().requires_grad_()
+expected = F.leaky_relu(F.batch_norm(leaf, mean, var, weight, bias, True, 0.1, 1e-5), 0.01)
+expected.backward(dz)
+mine = slice(0, 2) if rank == 0 else slice(2, 5)
+model = DistributedDataParallel(nn.Sequential(nn.Identity(), abn))
+own = batch[mine].clone().requires_grad_()
+z = model(own * 1)
+close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+close(z.detach(), expected.detach()[mine])
+z.backward(dz[mine])
+close(own.grad, leaf.grad[mine])
+close(2 * abn.weight.grad, weight.grad)  # averaged over two processes
+close(2 * abn.bias.grad, bias.grad)
+close(abn.running_mean, mean)
+close(abn.running_var, var)
+theirs.load_state_dict(abn.state_dict())
+print("same")
+dist.destroy_process_group()
+"""
+
+
+def _run_two(script: str, meeting: Path) -> list[str]:
+    """Run ``script`` as two processes, which meet in a file; return what they print."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(meeting)],
+            [sys.executable, "-c", script, str(rank), str(meeting)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -78,7 +172,33 @@ def test_two_processes_together_are_one(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
-    assert [out.strip() for out, _ in ends] == ["same", "same"], ends
+    assert [process.returncode for process in processes] == [0, 0], ends
+    return [out.strip() for out, _ in ends]
+
+
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch without gloo"
+)
+
+
+@needs_gloo
+def test_two_processes_together_are_one(tmp_path: Path) -> None:
+    """Values, gradients, running statistics: float64, so a few roundings of 1e-16."""
+    assert _run_two(SCRIPT, tmp_path / "meeting") == ["same", "same"]
+
+
+@needs_gloo
+def test_both_processes_refuse_what_in_place_abn_refuses_and_stay_in_step(tmp_path: Path) -> None:
+    first, second = _run_two(REFUSALS, tmp_path / "meeting")
+    assert first == second
+    assert len(first.splitlines()) == 11
+    assert first.endswith("together")
+
+
+@needs_gloo
+def test_weights_of_sync_batch_norm_load_and_train_as_there(tmp_path: Path) -> None:
+    """Inside DistributedDataParallel, shares of two and three samples."""
+    assert _run_two(LOADED, tmp_path / "meeting") == ["same", "same"]
 
 
 def test_alone_it_is_in_place_abn() -> None:

@@ -128,6 +128,55 @@ def test_channels_last_gives_the_same(dtype: torch.dtype) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("groups", [1, 3, 6])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+def test_a_huge_mean_costs_no_digits(layout: torch.memory_format, groups: int) -> None:
+    """At a million, where float32 counts in sixteenths, and the mean of as much is no such number.
+
+    The rest is what xhat costs without one: a few roundings of 4, as far as it goes here.
+    """
+    torch.manual_seed(0)
+    x = (torch.randn(1, 6, 9, 31, 37) + 1e6).to(memory_format=layout)
+    expected = plain_norm(x.double(), groups, None, None, 1e-5, "identity", 1)
+    actual = in_place_group_norm(x, groups, activation="identity")
+    assert (actual.double() - expected).abs().max().item() < 8 * 4 * torch.finfo(x.dtype).eps
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_constant_group_gives_its_bias(layout: torch.memory_format) -> None:
+    """Whatever its value, which is no number of float32: no rounding of a mean shows."""
+    x = torch.full((2, 6, 37, 53), 12345.678).to(memory_format=layout)
+    z = in_place_group_norm(x, 2, None, torch.ones(6))
+    torch.testing.assert_close(z, torch.ones_like(z), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_parts_of_any_number_give_the_same(
+    dtype: torch.dtype, layout: torch.memory_format, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece, and in as many as there can be: groups larger than a part are among them."""
+    torch.manual_seed(0)
+    values = torch.randn(2, 32, 19, 3).to(dtype).to(memory_format=layout)
+    dz = torch.randn_like(values)
+    weight, bias = torch.rand(32).double() + 0.5, torch.randn(32).double()
+    if dtype == torch.float16:
+        weight, bias = weight.float(), bias.float()
+    results = []
+    for small in (2**22, 0):
+        monkeypatch.setattr("memsave.in_place_abn_maths.SMALL_ELEMENTS", small)
+        leaves = [t.clone().requires_grad_() for t in (values, weight, bias)]
+        x = leaves[0] * 1
+        z = in_place_group_norm(x, groups, leaves[1], leaves[2], activation_param=0.1)
+        kept = z.detach().clone()
+        torch.autograd.backward(z, dz)
+        results.append([kept, *(leaf.grad for leaf in leaves)])
+    # The parameters' gradients are sums of 114 values in another order; the rest rounds alike.
+    bound = 1e-12 if dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(results[0], results[1], rtol=bound, atol=bound)
+
+
 def test_only_z_and_one_number_a_group_are_kept() -> None:
     x = torch.randn(2, 6, 5, 4, requires_grad=True)
     group, instance = InPlaceGroupNorm(3, 6), InPlaceInstanceNorm(6)

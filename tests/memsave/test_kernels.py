@@ -273,6 +273,40 @@ def test_values_beyond_32_bits_are_counted() -> None:
     assert cut.tiles_per_split * cut.splits * cut.place_block >= 2**32
 
 
+# Elements: a number of 32 bits, twice which is none. A stride of 64 bits would hide a narrow index.
+FAR = 2**30 + 24
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3, 3, 5), (FAR, 5, 1)), ((1, 3, 5), (0, FAR, 1)), ((1, 8, 3), (0, 1, FAR))],
+    ids=["samples", "channels", "places"],
+)
+@pytest.mark.parametrize("groups", [None, 1], ids=["batch", "group"])
+def test_values_that_lie_beyond_32_bits_are_reached(
+    shape: tuple[int, ...], strides: tuple[int, ...], groups: int | None
+) -> None:
+    """More than 2^31 elements apart, in 4 GiB of which only a few pages are ever touched."""
+    torch.manual_seed(0)
+    near = [torch.randn(shape, device=DEVICE).half() for _ in range(2)]
+    far = [
+        torch.empty(2 * FAR + 64, dtype=torch.float16, device=DEVICE).as_strided(shape, strides)
+        for _ in range(2)
+    ]
+    for there, here in zip(far, near, strict=True):
+        there.copy_(here)
+    weight, bias = _parameters(shape[1])
+    results = []
+    for x, dz in (near, far):
+        mean, rstd = _forward(x, groups, weight, bias)
+        z = x.clone()
+        gradients = _backward(x, dz, rstd, groups, weight, bias)
+        results.append([mean, rstd, z, x, *gradients])
+    for here, there in zip(*results, strict=True):
+        # in other tiles, so sums come in another order; a rounding of float16 in z and dx
+        torch.testing.assert_close(there, here, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("x", "served"),
     [

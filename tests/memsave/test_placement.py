@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsave.errors import OptionError
-from memsave.placement import Block, Placement, Segment, least_peak, peak_of, place
+from memsave.placement import (
+    Block,
+    Placement,
+    Segment,
+    least_peak,
+    peak_of,
+    place,
+    trade_offs,
+)
 
 Region = tuple[int, int, bool]  # start, stop, recomputed
 
@@ -149,6 +157,38 @@ def test_the_least_peak_is_that_of_the_best_of_all_placements(blocks: list[Block
     expected = _brute_force(blocks, found.peak_bytes)
     assert expected is not None
     assert found.cost == expected[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(_chains(), _u_nets()), st.sampled_from([None, 1]))
+def test_the_trade_offs_are_what_every_budget_could_ask_for(
+    blocks: list[Block], longest: int | None
+) -> None:
+    """Each budget from the least peak to the plain one, asked for alone."""
+    least = least_peak(blocks, longest=longest)
+    asked = [
+        place(blocks, budget, longest=longest)
+        for budget in range(peak_of(blocks, ()), least.peak_bytes - 1, -1)
+    ]
+
+    found = trade_offs(blocks, longest=longest, most=10**6)
+
+    apart = list(dict.fromkeys((p.cost, p.peak_bytes) for p in asked if p is not None))
+    assert [(p.cost, p.peak_bytes) for p in found] == apart
+    assert found[0].cost == 0
+    assert found[-1].peak_bytes == least.peak_bytes
+
+
+def test_many_trade_offs_are_thinned_out_but_for_the_first_and_the_last() -> None:
+    blocks = [
+        Block(inside_bytes=97 + 13 * i % 29, result_bytes=1, cost=10 + 7 * i % 11)
+        for i in range(24)
+    ]
+    every, few = trade_offs(blocks, longest=1, most=10**6), trade_offs(blocks, longest=1, most=8)
+
+    assert len(few) <= 8 < len(every)
+    assert set(few) <= set(every)
+    assert (few[0], few[-1]) == (every[0], every[-1])
 
 
 def _equal(count: int) -> list[Block]:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memsave.networks.fcn import FCN
-from memsave.tiled import TiledFCN, TiledLevelsOptions, tile_levels
+from memsave.tiled import TiledLevelsOptions, TiledUNet, tile_levels
 from memsave.tiled.level import Keep
 from tests.memsave.kept_bytes import LiveBytes
 from tests.memsave.traced_bytes import traced_kept_bytes
@@ -23,7 +23,7 @@ VOXELS, BELOW = math.prod(SHAPE), math.prod(SHAPE) // 8
 LOSS = "cross_entropy+dice"
 
 
-def small(options: TiledLevelsOptions) -> TiledFCN:
+def small(options: TiledLevelsOptions) -> TiledUNet:
     """Two levels of 8 and 16 channels, the finer one tiled; in float32."""
     network = FCN(widths=(8, 16), block="ccblock", norm="batch_norm_leaky_relu")
     return tile_levels(network, options)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
 from memsave.networks.fcn import FCN
-from memsave.tiled import TiledFCN, TiledLevelsOptions, tile_levels
+from memsave.tiled import TiledLevelsOptions, TiledUNet, tile_levels
 
 __all__ = ["PLAIN_TWIN", "Twins", "assert_equal_gradients", "batch_of", "twins"]
 
@@ -30,7 +30,7 @@ class Twins:
     """The same weights twice: ``signs`` turns a tiled gradient into its twin's."""
 
     plain: FCN
-    tiled: TiledFCN
+    tiled: TiledUNet
     signs: dict[str, Tensor]  # by the tiled network's names
 
 

@@ -119,7 +119,8 @@ class CachingAllocator(SegmentStore):
 
         The smallest cached block that is large enough is taken, at the lowest address among
         equals, else a new segment is made. ``search=False`` goes straight to the new segment,
-        as a retry after an out-of-memory does.
+        as a retry after an out-of-memory does. While it fills a private pool PyTorch asks no other
+        stream whether it is done and gives no cache back: a CUDA graph may be recording.
 
         Errors: OutOfMemory, after which the allocator can be used on. ValueError if size < 0.
         """
@@ -127,7 +128,7 @@ class CachingAllocator(SegmentStore):
             if size < 0:
                 raise ValueError(f"cannot allocate {size} bytes")
             return None
-        if self._completed:
+        if self._completed and pool_id == DEFAULT_POOL:
             self._process_events()
         rounded = (size + 511) & -512 if self._plain_rounding else round_size(size, self.settings)
         small = rounded <= LARGEST_SMALL_BYTES
@@ -312,7 +313,7 @@ class CachingAllocator(SegmentStore):
         block = self._new_segment(pool, stream, rounded)
         if block is None and self._release_oversize(pool, stream, rounded):
             block = self._new_segment(pool, stream, rounded)
-        if block is None:
+        if block is None and pool.id == DEFAULT_POOL:
             self.empty_cache()
             self.num_alloc_retries += 1
             block = self._new_segment(pool, stream, rounded)

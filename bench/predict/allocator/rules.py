@@ -21,7 +21,7 @@ __all__ = [
 MIN_BLOCK_BYTES = 512  # every block is a multiple of this
 LARGEST_SMALL_BYTES = MIB  # rounded requests up to here live in the small pool
 SMALL_SEGMENT_BYTES = 2 * MIB  # the small pool's segments and pages
-SEGMENT_ROUNDING_BYTES = 2 * MIB
+SEGMENT_ROUNDING_BYTES = 2 * MIB  # CUDA's driver hands out granules of as much
 _OWN_SEGMENT_FROM_BYTES = 10 * MIB  # below, large requests share a segment
 _FIRST_INTERVAL_BITS = MIB.bit_length()
 

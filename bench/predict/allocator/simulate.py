@@ -169,9 +169,12 @@ def needs_bytes(events: Iterable[Event], settings: AllocatorSettings | None = No
         return 0
     too_small = (alive - 1) // _GRANULE_BYTES * _GRANULE_BYTES
     enough = _granules(simulate(events, None, settings).peak_reserved_bytes)
-    shared = settings.per_process_memory_fraction < 1.0
-    if shared:  # the process's share of the capacity has to be enough, not the capacity
-        enough = _granules(int(enough / settings.per_process_memory_fraction) + 1)
+    # Reserving less than the capacity is no proof of room where a share of it has to be enough, or
+    # where segments that are not whole granules take more of it than they reserve.
+    share = settings.per_process_memory_fraction
+    indirect = share < 1.0 or settings.large_segment_size_bytes % _GRANULE_BYTES > 0
+    if indirect:
+        enough = _granules(int(enough / share) + 1)
         while simulate(events, enough, settings).oom_at_event is not None:
             too_small, enough = enough, _granules(enough + enough // 4)
     while enough - too_small > _GRANULE_BYTES:
@@ -179,7 +182,7 @@ def needs_bytes(events: Iterable[Event], settings: AllocatorSettings | None = No
         run = simulate(events, middle, settings)
         if run.oom_at_event is not None:
             too_small = middle
-        elif shared:
+        elif indirect:
             enough = middle
         else:
             # A run that never reserved more than this would have gone the same way with this.

@@ -51,6 +51,7 @@ class SegmentStore:
         self.expandable = settings.expandable_segments
         self.reserved_bytes = 0
         self.reserved_peak_bytes = 0
+        self._granule_bytes = 0  # that the driver's granules take beyond what was asked for
         self.segments: dict[int, Block] = {}  # by address: the first block of each plain segment
         self.ranges: list[VirtualRange] = []
         total = capacity_bytes if device_total_bytes is None else device_total_bytes
@@ -91,6 +92,7 @@ class SegmentStore:
         """Note a segment that the driver has handed out; the block is not yet in the pool."""
         block = Block(address, size, stream, pool)
         self.segments[address] = block
+        self._granule_bytes += -size % SEGMENT_ROUNDING_BYTES
         self.reserve(size)
         return block
 
@@ -112,7 +114,10 @@ class SegmentStore:
         self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
 
     def _has_room(self, size: int) -> bool:
-        return self.capacity_bytes is None or self.reserved_bytes + size <= self.capacity_bytes
+        if self.capacity_bytes is None:
+            return True
+        taken = self.reserved_bytes + self._granule_bytes
+        return taken + size + -size % SEGMENT_ROUNDING_BYTES <= self.capacity_bytes
 
     def _new_segment(self, pool: Pool, stream: int, rounded: int) -> Block | None:
         """Get memory for ``rounded`` bytes from the driver, as PyTorch's alloc_block does."""
@@ -219,6 +224,7 @@ class SegmentStore:
         """Give a free block that is a whole segment back to the driver."""
         block.pool.remove(block)
         self.reserved_bytes -= block.size
+        self._granule_bytes -= -block.size % SEGMENT_ROUNDING_BYTES
         del self.segments[block.address]
 
     def release_pool(self, pool: Pool) -> None:

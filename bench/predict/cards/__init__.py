@@ -1,5 +1,6 @@
 """The cards that membench predicts for: one JSON file each, and the user's own on top of them."""
 
+from bench.predict.budget_card import budget_card
 from bench.predict.card import (
     Card,
     ConvolutionKind,
@@ -18,6 +19,7 @@ __all__ = [
     "ConvolutionWorkspace",
     "WorkspaceRule",
     "all_cards",
+    "budget_card",
     "card_files",
     "card_name_for_gpu",
     "find_card",

@@ -43,10 +43,8 @@ def test_cards_are_one_unwrapped_line_each_when_piped() -> None:
 
     assert result.exit_code == 0
     assert first_words(result.stdout) == list(all_cards())
-    assert (
-        "v100-32gb          Tesla V100-SXM2-32GB            7.0   31.7 GiB   31.4 GiB   no\n"
-        in result.stdout
-    )
+    name, model = "v100-32gb".ljust(19), "Tesla V100-SXM2-32GB".ljust(32)
+    assert f"{name}{model}7.0   31.7 GiB   31.4 GiB   368 MiB  13.0  no\n" in result.stdout
 
 
 @pytest.mark.parametrize(("kind", "table"), [("networks", NETWORKS), ("techniques", TECHNIQUES)])
@@ -73,15 +71,28 @@ def test_json_is_one_object_with_plain_numbers() -> None:
     told = json.loads(invoke("cards", "--json").stdout)
 
     assert list(told) == ["cards"]
-    assert told["cards"][-1] == {
+    row = told["cards"][-1]
+    sources = {name: row.pop(name) for name in list(row) if name.endswith("_source")}
+    assert set(sources) == {"memory_source", "context_source", "context_cuda_source"}
+    assert all(sources.values())
+    assert row == {
         "name": "v100-32gb",
         "model": "Tesla V100-SXM2-32GB",
         "compute_capability": "7.0",
         "memory_bytes": 34_072_559_616,
         "capacity_bytes": 34_072_559_616 - 368 * (1 << 20),
+        "context_bytes": 368 * (1 << 20),
+        "context_cuda": "13.0",
         "calibrated": False,
     }
     assert set(json.loads(invoke("--json").stdout)) == {"networks", "techniques", "suites", "cards"}
+
+
+def test_the_list_for_people_names_the_cuda_version_of_a_context_and_no_paragraph() -> None:
+    lines = invoke("cards").stdout.splitlines()
+
+    assert all("  13.0  " in line and "MiB" in line for line in lines)
+    assert "Estimate" not in "".join(lines)
 
 
 def test_a_misspelt_kind_is_misuse_with_the_nearest_word() -> None:
@@ -93,7 +104,7 @@ def test_a_misspelt_kind_is_misuse_with_the_nearest_word() -> None:
 
 
 def test_on_a_terminal_it_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    console = Console(file=io.StringIO(), force_terminal=True, width=130, color_system=None)
     monkeypatch.setattr(command, "out", lambda: console)
 
     assert invoke("cards").exit_code == 0
@@ -107,6 +118,9 @@ def test_on_a_terminal_it_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         "capability",
         "memory",
         "capacity",
+        "context",
+        "context",
+        "cuda",
         "calibrated",
     ]
     assert lines[-1].split()[:2] == ["v100-32gb", "Tesla"]

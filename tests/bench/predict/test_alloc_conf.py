@@ -84,13 +84,37 @@ def test_all_divisions_zero_are_the_same_as_none() -> None:
         ("roundup_power2_divisions:4]", "brackets do not match"),
         ("roundup_power2_divisions:[[4:4]]", "brackets do not match"),
         ("backend:cudaMallocAsync", "only the native backend"),
-        ("expandable_segments:True,,", "unknown option"),
+        ("expandable_segments:True,,", "an option is missing"),
+        (",", "an option is missing"),
+        ("release_lock_on_cudamalloc:1", "True or False"),
+        ("pinned_use_background_threads:yes", "True or False"),
+        ("pinned_num_register_threads:3", "3 is not a power of two"),
+        ("pinned_num_register_threads:256", "at most 128"),
+        ("pinned_reserve_segment_size_mb:0", "at least 1"),
+        ("pinned_max_cached_size_mb:x", "'x' is not a whole number"),
     ],
 )
 def test_what_pytorch_would_refuse_is_refused_in_one_line(text: str, why: str) -> None:
     with pytest.raises(MembenchError, match=why) as caught:
         parse_alloc_conf(text)
     assert str(caught.value).startswith("PYTORCH_ALLOC_CONF: cannot use")
+
+
+def test_a_comma_at_the_end_says_nothing_as_in_pytorch() -> None:
+    assert parse_alloc_conf("expandable_segments:True,") == parse_alloc_conf(
+        "expandable_segments:True"
+    )
+    assert parse_alloc_conf("roundup_power2_divisions:[8:4,]") == parse_alloc_conf(
+        "roundup_power2_divisions:[8:4]"
+    )
+    assert parse_alloc_conf("roundup_power2_divisions:[]") == AllocatorSettings()
+
+
+@pytest.mark.parametrize("text", ["throw_on_cudamalloc_oom:True", "per_process_memory_fraction:0"])
+def test_what_pytorch_takes_and_is_not_simulated_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(MembenchError, match="cannot use"):
+        parse_alloc_conf(text)
+    assert parse_alloc_conf("throw_on_cudamalloc_oom:False") == AllocatorSettings()
 
 
 @pytest.mark.parametrize(

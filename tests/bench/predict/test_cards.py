@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from bench.errors import MembenchError
 from bench.predict.cards import (
     Card,
     all_cards,
+    budget_card,
     card_name_for_gpu,
     find_card,
     user_cards_folder,
@@ -104,6 +106,53 @@ def test_the_convolution_workspace_is_the_floor_and_the_fraction_of_the_operands
 )
 def test_the_cublas_workspace_grows_at_capability_9(name: str, expected: int) -> None:
     assert find_card(name).cublas_workspace_bytes == expected
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_a_shipped_context_says_which_cuda_it_is_from_and_where_that_stands(name: str) -> None:
+    card = find_card(name)
+
+    assert re.fullmatch(r"1[0-9]\.[0-9]", card.context_cuda)
+    assert card.context_cuda.replace(".", "") in card.context_cuda_source  # 130 in "+cu130"
+    assert "#" in card.context_cuda_source
+
+
+def test_the_cuda_version_is_no_part_of_what_records_are_compared_by() -> None:
+    """Records from before the field was there would else be of another card."""
+    card = find_card("v100-32gb")
+
+    assert dataclasses.replace(card, context_cuda="11.8").digest() == card.digest()
+    assert dataclasses.replace(card, context_bytes=1).digest() != card.digest()
+
+
+def test_a_card_that_does_not_say_its_cuda_version_is_read(own_cards: Path) -> None:
+    data = as_data("v100-32gb")
+    del data["context_cuda"], data["context_cuda_source"]
+    write(own_cards, data)
+
+    assert find_card("v100-32gb").context_cuda == ""
+    write(own_cards, data | {"context_cuda": 12.8})
+    with pytest.raises(MembenchError, match=r"'context_cuda' must be a text, got 12\.8"):
+        find_card("v100-32gb")
+
+
+@pytest.mark.parametrize("size", [1, GIB, 20 * GIB, 1_500_000_000, 10**12])
+def test_a_budget_is_found_again_by_its_name(size: int) -> None:
+    card = budget_card(size)
+
+    assert find_card(card.name) == card
+    assert card.memory_bytes == max(size, card.context_bytes + 1)
+    assert card.context_bytes == find_card("a100-80gb").context_bytes
+
+
+def test_a_budget_says_its_bytes_to_the_last(own_cards: Path) -> None:
+    assert budget_card(20 * GIB).name == "budget-20gb"
+    assert budget_card(20 * GIB + 1).name == f"budget-{20 * GIB + 1}b-21gb"
+    for name in ("budget-0gb", "budget-5b-7gb", f"budget-{GIB}b-1gb", "budget-20gib"):
+        with pytest.raises(MembenchError, match="no card is called"):
+            find_card(name)
+    write(own_cards, as_data("v100-32gb") | {"name": "budget-20gb"})
+    assert find_card("budget-20gb").model == find_card("v100-32gb").model
 
 
 def test_the_allocator_may_use_the_memory_less_the_context() -> None:
