@@ -106,3 +106,27 @@ def gpu(session: nox.Session) -> None:
     """Do all that needs a GPU: its tests, every suite measured and predicted, into results/."""
     install(session, "test")
     session.run("python", "-m", "bench.gpu_session", *session.posargs)
+
+
+@nox.session
+def stand_in(session: nox.Session) -> None:
+    """Run torch's CUDA build on a stand-in GPU, see tests/stand_in: no GPU is needed, g++ is.
+
+    Runs the tests marked ``gpu``, the allocator's and the stand-in's own, then writes
+    reports/host_code.md. Arguments: the suites to compare, by default three.
+    """
+    # No constraints.txt here: it may pin another torch, and this one has to be PyPI's, for CUDA 13.
+    session.install("torch==2.11.0", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
+    session.install(*nox.project.dependency_groups(PYPROJECT, "test"), "-e", ".")
+    python = shutil.which("python", path=session.bin) or "python"
+    session.env["MEMBENCH_CUDA_PYTHON"] = python
+    here = ("python", "-m", "tests.stand_in", "--")
+    tests = ("-m", "pytest", "tests/gpu", "-m", "gpu", "-W", "default")
+    context = {"STANDIN_CONTEXT_BYTES": str(512 << 20)}  # the size of a real one
+    session.run(*here, *tests, env=context)
+    session.run(*here, "-m", "tests.stand_in.allocator_programs", "--seed", "0", "--count", "20")
+    session.run(
+        "python", "-m", "pytest", "tests/stand_in", "-m", "slow or not slow", "-W", "default"
+    )
+    suites = session.posargs or ("table1", "heldout", "pocketnet_3d")
+    session.run("python", "-m", "tests.stand_in.host_code", *suites)

@@ -135,7 +135,7 @@ def plan(
                     found, () if json or found.fitting else remedies(found, simulator)
                 )
         if write_suite is not None:
-            _write(write_suite, answer, card, best)
+            _write(write_suite, answer, best)
         if json:
             print(json_module.dumps(answer.data))
         else:
@@ -172,7 +172,7 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     return cast(tuple[Precision, ...], names)
 
 
-def _write(path: Path, answer: Answer, card: str | None, best: int) -> None:
+def _write(path: Path, answer: Answer, best: int) -> None:
     from bench.plan.suite_text import write_suite
 
     if not answer.usable:
@@ -181,5 +181,5 @@ def _write(path: Path, answer: Answer, card: str | None, best: int) -> None:
     case = answer.usable[0].case
     sides = "x".join(map(str, case.requested_shape))
     title = f"Plan for {case.network} at {sides} on {answer.card.name}"
-    write_suite(path, answer.usable[:best], card, title)
+    write_suite(path, answer.usable[:best], answer.card.name, title)
     err().print(f"wrote {path}", soft_wrap=True, markup=False)

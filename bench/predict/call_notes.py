@@ -123,10 +123,10 @@ def runs_without_cudnn(device_type: str, *convolution: Any) -> bool:
     return bool(depthwise and source.dim() == 5 and not transposed)
 
 
-def takes_lt_workspace(bias: Tensor, first: Tensor, second: Tensor) -> bool:
+def takes_lt_workspace(bias: Tensor, second: Tensor) -> bool:
     """Whether this ``addmm`` goes to cuBLASLt, and that has a workspace of its own in this torch.
 
-    It is for a linear layer's: a row that is added to each row of a product.
+    It does for a linear layer's: a row ``bias`` added to each row of a product with ``second``.
     """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version >= _SHARED_SINCE or bias.dim() != 1 or min(second.shape, default=0) < 2:

@@ -7,7 +7,8 @@ falls on the recorded address and the reserved bytes agree at start, peak and en
 A damaged trace, or a rule that the simulator lacks, costs about the allocations concerned: frees
 are matched to blocks through what the rest of the trace says of an address, and once several
 allocations in a row went elsewhere, the simulator follows the record (each is still counted as
-missed).
+missed). A program that turns expandable segments on or off as it runs costs some as well: a
+history does not say when, and it shows only at the next new segment.
 """
 
 from __future__ import annotations

@@ -326,10 +326,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (in_backward, "handle") not in self._cublas_threads:
             self._cublas_threads.add((in_backward, "handle"))
             self.trace.events.append(("cublas", 0, site))
-        if packet is _aten.addmm and takes_lt_workspace(*args[:3]):
-            if (in_backward, "lt") not in self._cublas_threads:
-                self._cublas_threads.add((in_backward, "lt"))
-                self.trace.categories[self._alloc(LT_WORKSPACE_BYTES, site)] = "workspace"
+        lt = packet is _aten.addmm and takes_lt_workspace(args[0], args[2])
+        if lt and (in_backward, "lt") not in self._cublas_threads:
+            self._cublas_threads.add((in_backward, "lt"))
+            self.trace.categories[self._alloc(LT_WORKSPACE_BYTES, site)] = "workspace"
 
     # -- attribution ------------------------------------------------------------------------
 

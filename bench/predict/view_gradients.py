@@ -66,10 +66,7 @@ class ViewGradients:
 
 
 def _makes_view(func: Any) -> bool:
-    """Whether it may be autograd that makes a view anew, when the view's node must not be asked for.
-
-    It holds a lock meanwhile.
-    """
+    """Whether it may be autograd that makes a view anew, with a lock held on the view's node."""
     returns = func._schema.returns
     return bool(returns and returns[0].alias_info is not None and not func._schema.is_mutable)
 

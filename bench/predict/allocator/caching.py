@@ -67,7 +67,7 @@ class CachingAllocator(SegmentStore):
     PyTorch's meaning: a block that is not split is charged whole, peaks include the new block.
     See ``SegmentStore`` for the arguments.
 
-    Speed: some 0.5 million events a second on one core.
+    Speed: some million events a second on one core.
     """
 
     def __init__(
