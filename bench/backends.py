@@ -9,7 +9,7 @@ from bench.environment import allocator_settings
 from bench.errors import MembenchError
 from bench.predict.alloc_conf import parse_alloc_conf
 from bench.predict.cards import Card
-from bench.predict.shim import choose_tracer, gpu_visible, torch_build
+from bench.predict.shim import choose_tracer, gpu_visible
 from bench.runner import Backend, usable_cores
 from bench.units import format_bytes
 
@@ -32,23 +32,9 @@ def use_cuda(device: Device) -> bool:
     if device == "predict":
         return False
     visible, why = gpu_visible()
-    if device == "cuda" and not visible and not _torch_finds_one():
+    if device == "cuda" and not visible:
         raise MembenchError(f"--device cuda: {why}; use --device predict to predict without a GPU")
-    return visible or device == "cuda"
-
-
-def _torch_finds_one() -> bool:
-    """Ask torch itself, in a child: the driver may hide its files and NVML, and CUDA be there."""
-    from bench.gpu import gpu_identity
-
-    build = torch_build()
-    if build is None or build.cuda is None:
-        return False
-    try:
-        gpu_identity()
-    except MembenchError:
-        return False
-    return True
+    return visible
 
 
 def predicted_backend(card: Card) -> tuple[Backend, str]:

@@ -298,7 +298,7 @@ def _forced_tracer(name: str) -> tuple[Tracer, str]:
 def gpu_visible() -> tuple[bool, str]:
     """Return whether torch, once imported, would find an NVIDIA GPU, and which, or why not.
 
-    Decided from files, the environment and NVML. A driver too old for torch's CUDA is not seen.
+    Decided from files, the environment, NVML and, where that fails, the driver. A driver too old for torch's CUDA is not seen.
     """
     torch = torch_build()
     if torch is None:
@@ -319,8 +319,21 @@ def gpu_visible() -> tuple[bool, str]:
     files = _device_files()
     if files and (notes or not nvml.installed()):
         return True, f"{files[0]}, torch built for CUDA {torch.cuda}"
+    if notes and _driver_lists_one():
+        return True, f"a GPU that CUDA's driver lists, torch built for CUDA {torch.cuda}"
     why = notes[0].removeprefix("GPUs: ") if notes else "the driver lists none"
     return False, f"no NVIDIA GPU is visible ({why})"
+
+
+def _driver_lists_one() -> bool:
+    """Ask CUDA's driver, without making a context; False where there is none."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):
+        return False
+    return not failed and count.value > 0
 
 
 def _device_files(folder: Path = Path("/dev")) -> list[Path]:

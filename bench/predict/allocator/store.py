@@ -116,8 +116,7 @@ class SegmentStore:
     def _has_room(self, size: int) -> bool:
         if self.capacity_bytes is None:
             return True
-        taken = self.reserved_bytes + self._granule_bytes
-        return taken + size + -size % SEGMENT_ROUNDING_BYTES <= self.capacity_bytes
+        return self.reserved_bytes + self._granule_bytes + size <= self.capacity_bytes
 
     def _new_segment(self, pool: Pool, stream: int, rounded: int) -> Block | None:
         """Get memory for ``rounded`` bytes from the driver, as PyTorch's alloc_block does."""
@@ -127,7 +126,7 @@ class SegmentStore:
             return None
         if self.expandable:
             return self._expand(pool, stream, rounded)
-        if not self._has_room(size):
+        if not self._has_room(size + -size % SEGMENT_ROUNDING_BYTES):
             return None
         return self.add_segment(self._place_segment(size, pool.name, stream), size, stream, pool)
 

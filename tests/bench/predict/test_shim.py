@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -482,11 +483,48 @@ def test_why_nvml_sees_no_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(nvml, "devices", devices)
     monkeypatch.setattr(shim, "_device_files", list)
+    monkeypatch.setattr(shim, "_driver_lists_one", lambda: False)
 
     assert gpu_visible() == (
         False,
         "no NVIDIA GPU is visible (NVML says: Driver Not Loaded)",
     )
+    monkeypatch.setattr(shim, "_driver_lists_one", lambda: True)
+    assert gpu_visible() == (True, "a GPU that CUDA's driver lists, torch built for CUDA 13.0")
+    # As in a container without the driver's utilities.
+    monkeypatch.setattr(shim, "_device_files", lambda: [Path("/dev/nvidia0")])
+    assert gpu_visible() == (True, "/dev/nvidia0, torch built for CUDA 13.0")
+
+
+class _Driver:
+    """CUDA's driver, which lists so many GPUs, or fails to begin."""
+
+    def __init__(self, gpus: int, error: int = 0) -> None:
+        self.gpus, self.error = gpus, error
+
+    def cuInit(self, _flags: int) -> int:
+        return self.error
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.gpus
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "there"),
+    [(_Driver(2), True), (_Driver(0), False), (_Driver(1, error=100), False), (None, False)],
+)
+def test_the_driver_is_asked_for_gpus_without_a_context(
+    monkeypatch: pytest.MonkeyPatch, driver: _Driver | None, there: bool
+) -> None:
+    def load(_name: str) -> _Driver:
+        if driver is None:
+            raise OSError("cannot open shared object file")
+        return driver
+
+    monkeypatch.setattr(shim.ctypes, "CDLL", load)
+
+    assert shim._driver_lists_one() is there
 
 
 def test_device_files_are_those_of_gpus(tmp_path: Path) -> None:
