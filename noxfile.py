@@ -118,8 +118,6 @@ def stand_in(session: nox.Session) -> None:
     # No constraints.txt here: it may pin another torch, and this one has to be PyPI's, for CUDA 13.
     session.install("torch==2.11.0", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
     session.install(*nox.project.dependency_groups(PYPROJECT, "test"), "-e", ".")
-    python = shutil.which("python", path=session.bin) or "python"
-    session.env["MEMBENCH_CUDA_PYTHON"] = python
     here = ("python", "-m", "tests.stand_in", "--")
     tests = ("-m", "pytest", "tests/gpu", "-m", "gpu", "-W", "default")
     context = {"STANDIN_CONTEXT_BYTES": str(512 << 20)}  # the size of a real one

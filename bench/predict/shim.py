@@ -298,7 +298,8 @@ def _forced_tracer(name: str) -> tuple[Tracer, str]:
 def gpu_visible() -> tuple[bool, str]:
     """Return whether torch, once imported, would find an NVIDIA GPU, and which, or why not.
 
-    Decided from files, the environment, NVML and, where that fails, the driver. A driver too old for torch's CUDA is not seen.
+    Decided from files, the environment, NVML and, where that fails, CUDA's driver. That a driver is
+    too old for torch's CUDA is not seen.
     """
     torch = torch_build()
     if torch is None:

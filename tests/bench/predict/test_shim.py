@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -522,7 +523,7 @@ def test_the_driver_is_asked_for_gpus_without_a_context(
             raise OSError("cannot open shared object file")
         return driver
 
-    monkeypatch.setattr(shim.ctypes, "CDLL", load)
+    monkeypatch.setattr(ctypes, "CDLL", load)
 
     assert shim._driver_lists_one() is there
 
