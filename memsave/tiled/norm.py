@@ -89,10 +89,10 @@ class SlabNorm:
     def observe_gradient(self, x: Tensor, gradient: Tensor) -> None:
         """Add a slab, without halo, to the sums: of the input and of the result's gradient."""
         source, dy = self._before_affine(x, gradient)
-        ones = torch.ones_like(self.mean)
+        ones, none = torch.ones_like(self.mean), self.mean.new_empty(0)
         _, of_dy_xhat, of_dy = torch.ops.aten.native_batch_norm_backward(
-            dy, source, ones, self.mean, self.variance, None, None, False, self.rule.eps,
-            [False, True, True],
+            dy, source, ones, self.mean, self.variance, none, none, False, self.rule.eps,
+            [False, True, True],  # CUDA takes empty statistics of a batch, but not their lack
         )  # fmt: skip
         self._of_dy = self._of_dy + of_dy.double()
         self._of_dy_xhat = self._of_dy_xhat + of_dy_xhat.double()
