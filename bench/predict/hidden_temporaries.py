@@ -1,8 +1,8 @@
 """What operators take inside, beside their results, by torch's own CUDA code; cards do not matter.
 
 These are exact: the operators' code on the host allocates so, whatever card is below. What cuDNN,
-cuBLAS and a kernel's own tuning take depends on the card, see ``bench.predict.workspaces``. Small
-buffers of reductions that many blocks share (some KiB) are left out.
+cuBLAS and a kernel's own tuning take depends on the card, see ``bench.predict.workspaces``; the
+buffers of reductions do so a little, see ``bench.predict.reduction_buffers``.
 """
 
 from __future__ import annotations
@@ -13,40 +13,102 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["hidden_bytes"]
+from bench.predict.reduction_buffers import reduction_buffer_bytes
+
+__all__ = ["bias_gradient_bytes", "hidden_bytes"]
 
 _aten = torch.ops.aten
+_HALF: Final = (torch.float16, torch.bfloat16)
 
 
-def hidden_bytes(packet: Any, args: tuple[Any, ...], result: Any) -> int:
-    """Return the bytes that an operator holds while it runs, taken after its result; mostly 0."""
+def hidden_bytes(packet: Any, args: tuple[Any, ...], result: Any) -> tuple[int, ...]:
+    """Return the sizes of what an operator holds while it runs, taken after its result."""
     rule = _RULES.get(packet)
-    return 0 if rule is None else rule(args, result)
+    return () if rule is None else tuple(size for size in rule(args, result) if size)
 
 
-def _reduction(args: tuple[Any, ...], result: Tensor) -> int:
+def bias_gradient_bytes(gradient: Tensor) -> tuple[int, ...]:
+    """Return the sizes of what the sum holds that is the gradient of a convolution's bias."""
+    dims = [d for d in range(gradient.dim()) if d != 1]
+    part = max(4, gradient.element_size())
+    return tuple(size for size in (_buffer((gradient, dims), gradient, part),) if size)
+
+
+def _reduction(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
     """A sum in a wider type, as of a mask in int64, is the sum of a copy in that type.
 
     But for the one pair of types that CUDA's kernels read as they are: half into float32.
     """
     source = args[0]
-    half = source.dtype in (torch.float16, torch.bfloat16)
+    half = source.dtype in _HALF
     read = source.device.type == "cuda" and half and result.dtype == torch.float32
-    if source.dtype == result.dtype or read:
+    copied = source.dtype != result.dtype and not read
+    part = max(4, result.element_size()) if result.is_floating_point() else result.element_size()
+    return (
+        int(source.numel() * result.element_size()) if copied else 0,
+        _buffer(args, source, part),
+    )
+
+
+def _extreme(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
+    """A part is as large as a number; or as a yes or no."""
+    return (_buffer(args, args[0], result.element_size()),)
+
+
+def _norm(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
+    return (_buffer((args[0], *args[2:3]), args[0], max(4, result.element_size())),)
+
+
+def _spread(args: tuple[Any, ...], _: Any) -> tuple[int, ...]:
+    """Of a variance, a part is a mean, a sum of squares and two counts."""
+    wide = args[0].dtype == torch.float64
+    return (_buffer(args, args[0], 32 if wide else 16, vector=2),)
+
+
+def _buffer(args: tuple[Any, ...], source: Tensor, part_bytes: int, vector: int = 4) -> int:
+    if source.device.type != "cuda":
         return 0
-    return int(source.numel() * result.element_size())
+    dims = args[1] if len(args) > 1 else None
+    if dims is None or isinstance(dims, bool):
+        dims = ()
+    elif isinstance(dims, int):
+        dims = (dims,)
+    return reduction_buffer_bytes(source, tuple(dims), part_bytes, vector=vector)
 
 
-def _softmax_backward(args: tuple[Any, ...], result: Tensor) -> int:
+def _dense_input(args: tuple[Any, ...], _: Tensor) -> tuple[int, ...]:
+    """Softmax's kernels on CUDA read a contiguous input; another is copied."""
+    source = args[0]
+    if source.device.type != "cuda" or source.is_contiguous():
+        return ()
+    return (int(source.numel() * source.element_size()),)
+
+
+def _unreduced(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
+    """On CUDA a loss that is reduced to one number is first made for every number."""
+    reduction = args[2] if len(args) > 2 else 1
+    if args[0].device.type != "cuda" or not reduction:
+        return ()
+    return (int(args[0].numel() * result.element_size()),)
+
+
+def _softmax_backward(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
     """On CUDA the gradient times the output is a tensor of its own."""
     if result.device.type != "cuda":
-        return 0
+        return ()
     gradient, output = args[:2]
     wider = torch.promote_types(gradient.dtype, output.dtype)
-    return int(output.numel() * torch.empty((), dtype=wider, device="meta").element_size())
+    return (int(output.numel() * wider.itemsize),)
 
 
-_RULES: Final[dict[Any, Callable[[tuple[Any, ...], Any], int]]] = {
+_Rule = Callable[[tuple[Any, ...], Any], tuple[int, ...]]
+
+_RULES: Final[dict[Any, _Rule]] = {
     **dict.fromkeys((_aten.sum, _aten.nansum, _aten.mean, _aten.prod), _reduction),
+    **dict.fromkeys((_aten.amax, _aten.amin, _aten.any, _aten.all), _extreme),
+    **dict.fromkeys((_aten.var, _aten.std, _aten.var_mean, _aten.std_mean), _spread),
+    _aten.linalg_vector_norm: _norm,
+    **dict.fromkeys((_aten._softmax, _aten._log_softmax), _dense_input),
+    **dict.fromkeys((_aten.mse_loss, _aten.smooth_l1_loss), _unreduced),
     _aten._softmax_backward_data: _softmax_backward,
 }

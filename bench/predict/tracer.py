@@ -44,7 +44,7 @@ from bench.predict.call_notes import (
 )
 from bench.predict.engine_adds import EngineAdds
 from bench.predict.fake_storages import forgetting_storages
-from bench.predict.hidden_temporaries import hidden_bytes
+from bench.predict.hidden_temporaries import bias_gradient_bytes, hidden_bytes
 from bench.predict.library_calls import Direction
 from bench.predict.source_lines import asked_by_grad_scaler, user_line
 from bench.predict.step_trace import Site, Trace
@@ -128,12 +128,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif packet is _aten.convolution_backward:
             self._convolution_backward(args, result, site)
         else:
+            self._record_result(result, site)
             if packet in _MATRIX_PRODUCTS:
                 self._cublas(packet, args, site)
-            self._record_result(result, site)
             hidden = hidden_bytes(packet, args, result)
-            if hidden and _is_on(result, self.device_type):
-                self._release([self._alloc(hidden, _copy_in(site))])
+            if hidden and _is_on(args[0], self.device_type):
+                self._hold(hidden, site)
             elif self._watching and str(func) in self._watched:
                 call = operator_call(func, args, kwargs, self.device_type)
                 if call is not None:
@@ -291,6 +291,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._workspace("weight_gradient", operands, args[4:10], site)
         self._release(copies)
         self._record_result(bias_gradient, site)
+        if bias_gradient is not None:
+            self._hold(bias_gradient_bytes(gradient), site)
 
     def _workspace(
         self,
@@ -313,6 +315,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Copy what cuDNN cannot read as it lies; torch holds the copies for the whole call."""
         copied = [t for t in operands if not t.is_contiguous(memory_format=dense)]
         return [self._alloc(_bytes(tensor), _copy_in(site)) for tensor in copied]
+
+    def _hold(self, sizes: tuple[int, ...], site: Site) -> None:
+        """Take what is given back once the operator has run."""
+        self._release([self._alloc(size, _copy_in(site)) for size in sizes])
 
     def _release(self, identities: list[int]) -> None:
         self.trace.events.extend(("free", identity) for identity in identities)

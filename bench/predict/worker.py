@@ -28,6 +28,9 @@ def main() -> None:
     import torch.cuda.amp.common
 
     if tracer == "cuda-shim":
+        from bench.predict.cuda_kernels import register_cuda_kernels
+
+        register_cuda_kernels()
         # autocast, GradScaler and a checkpoint's recomputation ask this before they use CUDA.
         torch.cuda.amp.common.amp_definitely_not_available = lambda: False
         # Emulation counts as support, so torch says yes on every card that CUDA 11 and later knows.
