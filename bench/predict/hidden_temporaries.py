@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.predict.reduction_buffers import reduction_buffer_bytes
 
-__all__ = ["bias_gradient_bytes", "hidden_bytes"]
+__all__ = ["bias_gradient_bytes", "hidden_bytes", "kept_bytes"]
 
 _aten = torch.ops.aten
 _HALF: Final = (torch.float16, torch.bfloat16)
@@ -25,6 +25,17 @@ def hidden_bytes(packet: Any, args: tuple[Any, ...], result: Any) -> tuple[int, 
     """Return the sizes of what an operator holds while it runs, taken after its result."""
     rule = _RULES.get(packet)
     return () if rule is None else tuple(size for size in rule(args, result) if size)
+
+
+def kept_bytes(packet: Any, args: tuple[Any, ...]) -> int:
+    """Return the bytes behind a result that holds more than its own numbers; mostly 0.
+
+    A few losses are computed for every number and reduced into the same storage, which keeps its
+    size (seen on torch 2.11 and 2.13, on CUDA and on the CPU).
+    """
+    place = _REDUCED_IN_PLACE.get(packet)
+    reduction = 0 if place is None else args[place] if len(args) > place else 1
+    return int(args[0].numel() * args[0].element_size()) if reduction else 0
 
 
 def bias_gradient_bytes(gradient: Tensor) -> tuple[int, ...]:
@@ -85,7 +96,7 @@ def _dense_input(args: tuple[Any, ...], _: Tensor) -> tuple[int, ...]:
 
 
 def _unreduced(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
-    """On CUDA a loss that is reduced to one number is first made for every number."""
+    """On CUDA what is reduced into a loss of one number is a tensor beside the loss's own room."""
     reduction = args[2] if len(args) > 2 else 1
     if args[0].device.type != "cuda" or not reduction:
         return ()
@@ -100,6 +111,14 @@ def _softmax_backward(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
     wider = torch.promote_types(gradient.dtype, output.dtype)
     return (int(output.numel() * wider.itemsize),)
 
+
+# Loss -> where its arguments say how it is reduced: 0 not at all.
+_REDUCED_IN_PLACE: Final = {
+    _aten.binary_cross_entropy: 3,
+    _aten.mse_loss: 2,
+    _aten.smooth_l1_loss: 2,
+    _aten.soft_margin_loss: 2,
+}
 
 _Rule = Callable[[tuple[Any, ...], Any], tuple[int, ...]]
 

@@ -44,7 +44,7 @@ from bench.predict.call_notes import (
 )
 from bench.predict.engine_adds import EngineAdds
 from bench.predict.fake_storages import forgetting_storages
-from bench.predict.hidden_temporaries import bias_gradient_bytes, hidden_bytes
+from bench.predict.hidden_temporaries import bias_gradient_bytes, hidden_bytes, kept_bytes
 from bench.predict.library_calls import Direction
 from bench.predict.source_lines import asked_by_grad_scaler, user_line
 from bench.predict.step_trace import Site, Trace
@@ -128,7 +128,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif packet is _aten.convolution_backward:
             self._convolution_backward(args, result, site)
         else:
-            self._record_result(result, site)
+            self._record_result(result, site, kept_bytes(packet, args))
             if packet in _MATRIX_PRODUCTS:
                 self._cublas(packet, args, site)
             hidden = hidden_bytes(packet, args, result)
@@ -208,14 +208,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- storages ---------------------------------------------------------------------------
 
-    def _record_result(self, result: Any, site: Site) -> None:
+    def _record_result(self, result: Any, site: Site, kept_bytes: int = 0) -> None:
+        """Record new storages; ``kept_bytes``: of a single one that is larger than it says."""
         if isinstance(result, Tensor):
-            self._record_tensor(result, site)
+            self._record_tensor(result, site, kept_bytes)
         elif isinstance(result, (tuple, list)):
             for part in result:
                 self._record_result(part, site)
 
-    def _record_tensor(self, tensor: Tensor, site: Site) -> None:
+    def _record_tensor(self, tensor: Tensor, site: Site, kept_bytes: int = 0) -> None:
         if not _is_on(tensor, self.device_type):
             return
         storage = tensor.untyped_storage()
@@ -223,7 +224,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._live.get(key)
         size = storage.nbytes()
         if known is None:
-            identity = self._alloc(size, site) if size else -1
+            identity = self._alloc(max(size, kept_bytes), site) if size else -1
             self._live[key] = (weakref.ref(storage, self._on_death(key)), identity, size)
             self._engine_adds.made(key)
         elif known[2] != size:

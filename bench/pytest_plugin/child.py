@@ -39,6 +39,11 @@ def main() -> None:
 
     import bench.pytest_plugin.child_run  # noqa: F401 - all of it, once for all tests
 
+    if tracer == "cuda-shim":
+        from bench.predict.cuda_kernels import register_cuda_kernels
+
+        register_cuda_kernels()
+
     gc.freeze()  # what was imported stays: a test's collections need not go through it
     hello = {"tracer": tracer, "torch": torch.__version__}
     answer = _in_fork if sys.platform == "linux" else _here

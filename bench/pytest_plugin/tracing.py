@@ -59,11 +59,11 @@ class ModelTracer(Tracer):  # type: ignore[no-untyped-call]
             self._meet(module, args)
         super()._enter_module(module, args)
 
-    def _record_tensor(self, tensor: Tensor, site: Site) -> None:
+    def _record_tensor(self, tensor: Tensor, site: Site, kept_bytes: int = 0) -> None:
         # Made all the same, it would be counted by nobody, and any limit passed.
         if self.device_type == "cpu" and tensor.device.type == "cuda":
             raise MembenchError(NO_GPU)
-        super()._record_tensor(tensor, site)
+        super()._record_tensor(tensor, site, kept_bytes)
 
     def _meet(self, model: nn.Module, args: Any) -> None:
         # Losses and single layers are called by themselves too, and keep the name of their type.

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.predict.reduction_buffers import reduction_buffer_bytes
 from bench.predict.shim import ShimUnavailable, build_shim
+from bench.predict.tracer import Tracer
 
 
 def _rows(*shape: int) -> torch.Tensor:
@@ -75,3 +77,23 @@ def test_silu_backward_is_one_kernel_with_one_result() -> None:
     )
     # x, silu's result, its gradient and x's: the formula would take five more.
     assert done.stdout.strip() == "4"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "loss",
+    ["binary_cross_entropy", "mse_loss", "smooth_l1_loss", "soft_margin_loss", "huber_loss"],
+)
+def test_a_reduced_loss_holds_what_it_holds_in_torch(loss: str, reduction: str) -> None:
+    """The judge is torch, asked for the storage behind a real loss."""
+    compute = getattr(torch.nn.functional, loss)
+    numbers = torch.full((10, 100), 0.5)
+    really = compute(numbers, numbers, reduction=reduction).untyped_storage().nbytes()
+
+    with FakeTensorMode(), Tracer("cpu") as tracer:
+        fake = torch.empty(10, 100)
+        result = compute(fake, fake, reduction=reduction)
+        identity = tracer._live[result.untyped_storage()._cdata][1]
+
+    (size,) = (e[2] for e in tracer.trace.events if e[0] == "alloc" and e[1] == identity)
+    assert size == really
