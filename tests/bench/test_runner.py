@@ -210,7 +210,7 @@ def test_an_interrupted_run_keeps_what_finished_and_leaves_no_child(
     child = int(second[-1])
     assert (first[0], second[0]) == ("a", "b")
     os.kill(process.pid, how)
-    process.wait(30)
+    process.wait(60)
     process.stdout.close()
     deadline = time.monotonic() + 20
     while alive(child) and time.monotonic() < deadline:
