@@ -19,6 +19,9 @@ from bench.report.tradeoffs import Trade, Tradeoff, make_tradeoff, pareto_front
 
 __all__ = ["MOST_PANELS", "draw_tradeoffs", "tradeoffs"]
 
+_LEGEND_LETTERS = 112  # that a line of the legend has room for, across the figure
+_LEGEND_MARKER = 9  # letters' room of a marker and the space between columns
+
 MOST_PANELS = 6
 _COLUMNS = 3
 _LARGEST = 3.0  # beyond this multiple of the baseline savings below 0 say little
@@ -55,7 +58,11 @@ def draw_tradeoffs(table: Table) -> Figure:
     style = LINE_STYLES[table.first.evidence]
     ring: dict[str, Any] = {"marker": "o", "markerfacecolor": "none", "markersize": 9}
     handles.append(Line2D([], [], color=TEXT_COLOUR, linestyle=style, label="Pareto front", **ring))
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False, fontsize=7)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(4, _LEGEND_LETTERS // (longest + _LEGEND_MARKER)))
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=7
+    )
     return figure
 
 
