@@ -23,7 +23,7 @@ __all__ = [
 # Of cuBLASLt, where torch does not let it share cuBLAS's workspace; torch 2.11's default.
 LT_WORKSPACE_BYTES = 1 << 20
 # Seen: torch 2.11 keeps two workspaces, 2.13 one; 2.12 is taken to be as 2.13.
-_SHARED_SINCE = (2, 12)
+_SHARED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 class _NotPlainError(Exception):
@@ -128,7 +128,6 @@ def takes_lt_workspace(bias: Tensor, second: Tensor) -> bool:
 
     It does for a linear layer's: a row ``bias`` added to each row of a product with ``second``.
     """
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version >= _SHARED_SINCE or bias.dim() != 1 or min(second.shape, default=0) < 2:
+    if _SHARED or bias.dim() != 1 or min(second.shape, default=0) < 2:
         return False
     return bool(bias.is_contiguous() and bias.shape[0] == second.shape[1])

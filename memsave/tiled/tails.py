@@ -78,14 +78,7 @@ class ConvolutionTail:
 
     def run_forward(self, read: Read, slabs: Slabs) -> Tensor:
         """Return the result, from all slabs."""
-        result: Tensor | None = None
-        for start, stop in slabs:
-            part = self.convolution.forward(read(start, stop))
-            if result is None:
-                result = part.new_empty((*part.shape[:-1], slabs[-1][1]))
-            result[..., start:stop] = part
-        assert result is not None
-        return result
+        return _gathered(lambda *slab: self.convolution.forward(read(*slab)), slabs)
 
     def start_backward(self, gradient: Tensor) -> None:
         """Take the result's gradient."""
@@ -122,14 +115,7 @@ class WholeTail:
 
     def run_forward(self, read: Read, slabs: Slabs) -> Tensor:
         """Return the features, from all slabs."""
-        result: Tensor | None = None
-        for start, stop in slabs:
-            part = read(start, stop)
-            if result is None:
-                result = part.new_empty((*part.shape[:-1], slabs[-1][1]))
-            result[..., start:stop] = part
-        assert result is not None
-        return result
+        return _gathered(read, slabs)
 
     def start_backward(self, gradient: Tensor) -> None:
         """Take the features' gradient."""
@@ -154,6 +140,18 @@ class WholeTail:
     def _part(self, start: int, stop: int) -> Tensor:
         assert self._gradient is not None
         return self._gradient[..., start:stop].contiguous()
+
+
+def _gathered(part_of: Read, slabs: Slabs) -> Tensor:
+    """Return what ``part_of`` gives of each slab, as one tensor."""
+    result: Tensor | None = None
+    for start, stop in slabs:
+        part = part_of(start, stop)
+        if result is None:
+            result = part.new_empty((*part.shape[:-1], slabs[-1][1]))
+        result[..., start:stop] = part
+    assert result is not None
+    return result
 
 
 class LossTail:
