@@ -24,7 +24,7 @@ def backward_tensors(change_in_place: bool, whole: bool) -> int:
         result = F.leaky_relu_(view) if change_in_place else F.leaky_relu(view)
         gradient: Tensor = torch.empty_like(result)
         before = len(tracer.trace.events)
-        result.backward(gradient)
+        result.backward(gradient)  # type: ignore[no-untyped-call]
         made = [e for e in tracer.trace.events[before:] if e[0] == "alloc"]
     return sum(event[2] == SIDE * SIDE * NUMBER_BYTES for event in made)
 
