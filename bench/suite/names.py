@@ -112,19 +112,11 @@ def _imported_row(
     place: Place, some: SomeNetwork, imported: Imported, entry: AnyEntry, shared: Training
 ) -> Row:
     """Check all that can be known of a user's own network without running any of its code."""
-    from memsave.technique_pairs import check_pairs
-    from memsave.techniques import find_technique, parse_options
-
     with _pointing((*place, "network", "import"), {}):
         check_reference(imported.reference)
     problem = "the arguments of a network of your own stand under network: {arguments: ...}"
     _check_keys(place, entry.options, problem, type(entry).model_fields)
-    chosen: list[tuple[Technique, Any]] = []
-    for i, use in enumerate(entry.techniques):
-        with _pointing((*place, "techniques", i), {**use.options, "name": use.name}):
-            technique = find_technique(use.name)
-            chosen.append((technique, parse_options(technique, use.options)))
-            check_pairs(chosen, in_apply=True)
+    _chosen_techniques(place, entry, in_apply=True)
     if entry.training is not None:
         _check_training(entry.training, (*place, "training"))
     _, training = _training(place, entry, shared)
@@ -146,25 +138,39 @@ def _training(place: Place, entry: AnyEntry, shared: Training) -> tuple[Place, T
     return (*place, "training"), entry.training
 
 
-def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
-    """Build the network as the workload will; return its options after the techniques' say."""
-    import torch
+def _chosen_techniques(
+    place: Place, entry: AnyEntry, *, in_apply: bool = False
+) -> list[tuple[Technique, Any]]:
+    """Return the techniques of a row with their options, which go together and with its precision.
 
-    from memsave.networks import build
+    ``in_apply``: they change a network that is there, rather than one that is built with them.
+    """
     from memsave.technique_pairs import check_pairs
     from memsave.techniques import check_precision, find_technique, parse_options
 
-    network_options = entry.options
-    chosen = []
+    chosen: list[tuple[Technique, Any]] = []
     for i, use in enumerate(entry.techniques):
         with _pointing((*place, "techniques", i), {**use.options, "name": use.name}):
             technique = find_technique(use.name)
             if entry.precision is not None:
                 check_precision(technique, entry.precision)
-            options = parse_options(technique, use.options)
+            chosen.append((technique, parse_options(technique, use.options)))
+            check_pairs(chosen, in_apply=in_apply)
+    return chosen
+
+
+def _build(place: Place, network: str, entry: AnyEntry) -> dict[str, Any]:
+    """Build the network as the workload will; return its options after the techniques' say."""
+    import torch
+
+    from memsave.networks import build
+
+    chosen = _chosen_techniques(place, entry)
+    network_options = entry.options
+    for i, (technique, options) in enumerate(chosen):
+        use = entry.techniques[i]
+        with _pointing((*place, "techniques", i), {**use.options, "name": use.name}):
             network_options = technique.build(network_options, options)
-            chosen.append((technique, options))
-            check_pairs(chosen)
     with torch.device("meta"):
         with _pointing(place, entry.options):
             model = build(network, network_options)

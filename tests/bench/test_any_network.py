@@ -364,6 +364,10 @@ def test_a_network_of_ones_own_is_padded_to_its_divisor_and_called_by_its_name(
         ("network: {name: fcn}", "network: is for one of your own"),
         ("block: ccblock", "'name' is missing"),
         (ROW + ", techniques: [chekpoint]", "unknown technique 'chekpoint'"),
+        (
+            ROW + ", precision: fp16, techniques: [optimizer_in_backward]",
+            "'optimizer_in_backward' cannot be used at precision fp16: take fp32 or bf16",
+        ),
         (ROW + ", training: {loss: 'nosuchpackage:loss'}", "loss 'nosuchpackage:loss'"),
         (ROW + ", training: {optimizer: 'nosuchpackage:make'}", "optimizer 'nosuchpackage:make'"),
         ("name: fcn, training: {loss: sum}", "is for networks of your own"),

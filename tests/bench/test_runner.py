@@ -172,8 +172,10 @@ def test_finished_cases_are_those_that_nothing_has_changed_for(tmp_path: Path) -
     assert finished_cases(other_tracer) == {}
 
 
+# A shell's background jobs ignore Ctrl-C, and so would all that they start: these tests too.
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from tests.bench.test_runner import run_of
 from bench.runner import run_cases
