@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from memsave.convolution import convolution
 from memsave.errors import OptionError, UnknownNameError
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
@@ -33,7 +34,6 @@ __all__ = [
     "SepConv",
     "batch_norm",
     "batch_norm_leaky_relu",
-    "convolution",
     "find_block",
     "find_norm",
     "group_norm_leaky_relu",
@@ -59,7 +59,6 @@ _INSTANCE_NORM: dict[int, type[nn.Module]] = {
     3: nn.InstanceNorm3d,
 }
 _LEAKY_SLOPE = 0.01  # that of the in-place norms
-_CONV: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def batch_norm(channels: int, spatial_dims: int = 3) -> nn.Sequential:
@@ -132,17 +131,6 @@ NORMS: dict[str, NormAct] = {
     "inplace_group_norm": in_place_group_norm,
     "inplace_instance_norm": in_place_instance_norm,
 }
-
-
-def convolution(
-    in_channels: int, out_channels: int, kernel: int, *, groups: int = 1, spatial_dims: int = 3
-) -> nn.Module:
-    """Return a convolution without bias that keeps its input's sides (odd ``kernel``)."""
-    if spatial_dims not in _CONV:
-        raise OptionError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
-    return _CONV[spatial_dims](
-        in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False
-    )
 
 
 class DoubleConv(nn.Sequential):

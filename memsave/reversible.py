@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from memsave.checkpoint import _statistics_untouched
+from memsave.convolution import convolution
 from memsave.errors import InputError, OptionError
 from memsave.recomputing import computed_again
 from memsave.widths import positive
@@ -124,8 +125,6 @@ def reversible_conv_block(
 
 
 def _layers(channels: int, groups: int, convolutions: int, spatial_dims: int) -> nn.Sequential:
-    from memsave.blocks import convolution
-
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layers += [

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from memsave.blocks import BLOCKS, NORMS, batch_norm, convolution, find_block, find_norm
+from memsave.blocks import BLOCKS, NORMS, batch_norm, find_block, find_norm
+from memsave.convolution import convolution
 from memsave.errors import OptionError, UnknownNameError
 from memsave.in_place_abn import InPlaceABN
 
