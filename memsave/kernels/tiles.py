@@ -13,7 +13,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -32,9 +32,9 @@ CHANNELS_IN_A_ROW = 64
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Sizes of tiles, and how many there are.
+    """Sizes of tiles, and how many there are; what follows from them is worked out once.
 
     A row's tiles are dealt out to ``splits`` programs, ``tiles_per_split`` each, which leave one
     partial sum a row behind.
@@ -48,52 +48,52 @@ class Tiling:
     place_block: int
     tiles_per_split: int
 
-    @property
+    @cached_property
     def channel_blocks(self) -> int:
         """Blocks of channels."""
         return math.ceil(self.channels / self.channel_block)
 
-    @property
+    @cached_property
     def tiles_per_sample(self) -> int:
         """Tiles along the places of one sample."""
         return math.ceil(self.places / self.place_block)
 
-    @property
+    @cached_property
     def samples_in_a_row(self) -> int:
         """Samples that are summed into one row."""
         return self.samples if self.groups is None else 1
 
-    @property
+    @cached_property
     def tiles_in_a_row(self) -> int:
         """Tiles that are summed into one row."""
         return self.samples_in_a_row * self.tiles_per_sample
 
-    @property
+    @cached_property
     def splits(self) -> int:
         """Programs, and so partial sums, a row."""
         return math.ceil(self.tiles_in_a_row / self.tiles_per_split)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows: channels of the batch, or channels of each sample."""
         return self.channels if self.groups is None else self.samples * self.channels
 
-    @property
+    @cached_property
     def statistics(self) -> int:
         """Means, and variances, of the whole tensor."""
         return self.channels if self.groups is None else self.samples * self.groups
 
-    @property
+    @cached_property
     def rows_in_a_statistic(self) -> int:
         """Rows, next to each other, that share a mean."""
         return self.rows // max(1, self.statistics)
 
-    @property
+    @cached_property
     def values_in_a_statistic(self) -> int:
         """Values that one mean is taken over."""
         return self.rows_in_a_statistic * self.samples_in_a_row * self.places
 
-    @property
+    @cached_property
     def partials(self) -> int:
         """Numbers that a reduction needs for its partial sums: two a row and program."""
         return 2 * self.rows * self.splits
@@ -104,6 +104,14 @@ def tile(shape: Sequence[int], groups: int | None, *strides: tuple[int, int, int
 
     The first one's strides decide on the form of a tile.
     """
+    # A step cuts the same shapes again and again. A compiler's symbolic sizes are not remembered.
+    cut = _remembered if all(type(n) is int for n in shape) else _tile
+    return cut(tuple(shape), groups, strides)
+
+
+def _tile(
+    shape: tuple[int, ...], groups: int | None, strides: tuple[tuple[int, int, int], ...]
+) -> Tiling:
     samples, channels, places = shape[0], shape[1], math.prod(shape[2:])
     if groups is None and all(n == places * s for n, _, s in strides):
         samples, places = 1, samples * places  # the batch is one run of places
@@ -120,6 +128,9 @@ def tile(shape: Sequence[int], groups: int | None, *strides: tuple[int, int, int
         place_block=place_block,
         tiles_per_split=math.ceil(tiles / max(1, wanted)) or 1,
     )
+
+
+_remembered = lru_cache(maxsize=1024)(_tile)
 
 
 def collapse(x: Tensor) -> tuple[int, int, int] | None:
