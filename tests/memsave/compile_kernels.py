@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -109,10 +112,30 @@ class _PretendedGpu:
                     "is_elf": cubin[:4] == b"\x7fELF",
                     "shared_bytes": made.metadata.shared,
                     "signature": made.src.signature,
+                    "wide_loads": len(re.findall(r"\bld\.global\S*\.v4\.b32\b", made.asm["ptx"])),
+                    "wide_stores": len(re.findall(r"\bst\.global\S*\.v4\.b32\b", made.asm["ptx"])),
+                    "spilled_bytes": _spilled_bytes(made.asm["ptx"], made.metadata.target.arch),
                 }
             )
 
         return compile_it
+
+
+def _spilled_bytes(ptx: str, capability: int) -> int:
+    """Return what a thread keeps in local memory for want of registers, as ptxas tells it."""
+    from triton import knobs
+
+    suffix = "a" if capability >= 90 else ""  # as Triton compiles it
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        told = subprocess.run(
+            [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o",
+             f"{folder}/kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    (spilled,) = re.findall(r"(\d+) bytes spill stores", told)
+    return int(spilled)
 
 
 def compile_for(capability: int) -> list[dict[str, Any]]:

@@ -59,6 +59,38 @@ def test_no_kernel_asks_for_more_shared_memory_than_every_gpu_gives(capability: 
     assert max(c["shared_bytes"] for c in _compiled(capability)) <= 48 * 1024
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_kernel_spills_registers(capability: int) -> None:
+    """Spilled numbers travel through memory that the kernels are there to save."""
+    spilled = [(c["case"], c["kernel"]) for c in _compiled(capability) if c["spilled_bytes"]]
+    assert spilled == []
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "float32 with round sizes",
+        "float16 of float32 parameters",
+        "float16 all of it, channels last",
+        "bfloat16 of float32 parameters",
+    ],
+)
+def test_activations_of_round_sizes_travel_16_bytes_at_a_time(capability: int, case: str) -> None:
+    """A thread has 16 elements of each tile: as many accesses of 16 bytes as an element has."""
+    itemsize = CASES[case].dtype.itemsize
+    made = {c["kernel"]: c for c in _compiled(capability) if c["case"] == case}
+    at_least = {
+        "_partial_statistics": (itemsize, 0),
+        "_normalise": (itemsize, itemsize),
+        "_partial_sums": (2 * itemsize, 0),  # z and dz
+        "_gradient": (2 * itemsize, itemsize),
+    }
+    for kernel, (loads, stores) in at_least.items():
+        assert made[kernel]["wide_loads"] >= loads, kernel
+        assert made[kernel]["wide_stores"] >= stores, kernel
+
+
 def test_what_is_compiled_has_the_types_that_the_cases_name() -> None:
     """Else the list above might compile one thing many times."""
     mixed = _signatures("float16 of float32 parameters")
