@@ -102,6 +102,16 @@ def baseline(session: nox.Session) -> None:
 
 
 @nox.session
+def plans(session: nox.Session) -> None:
+    """Plan the FCN's largest volume for five cards: results/plans/ and reports/plans.md.
+
+    Arguments: the cards to do anew. Put the rows that it prints last into the README's table.
+    """
+    install(session)
+    session.run("python", "-m", "bench.plan_session", *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Do all that needs a GPU: its tests, every suite measured and predicted, into results/."""
     install(session, "test")

@@ -104,6 +104,7 @@ def plan(
         from bench.plan.search import make_plan
         from bench.plan.simulator import Simulator
         from bench.plan.slowdown import measured_times
+        from bench.plan.suite_text import check_writable
 
         given: dict[str, Any] = {
             "arguments": parse_arguments(arguments),
@@ -126,6 +127,8 @@ def plan(
             "allow_architecture": allow_architecture,
             "times": measured_times(results, asked.name),
         }
+        if write_suite is not None:
+            check_writable(write_suite)
         with Simulator(asked) as simulator:
             if folder is not None:
                 answer = of_folder(make_folder_plan(case, folder, simulator, **search))

@@ -10,6 +10,7 @@ from bench.plan.largest import Grow, LargestSearch, cube_of, slices_of
 from bench.plan.patches import in_proportion
 from bench.plan.search import Plan, Proposal
 from bench.plan.simulator import Simulator
+from bench.predict.budget_card import named_budget
 from bench.predict.cards import Card, all_cards
 from bench.shapes import format_shape
 from bench.units import format_bytes
@@ -37,7 +38,19 @@ def nearest_lines(plan: Plan) -> list[str]:
             f"{format_bytes(capacity)}: {format_bytes(missing)} ({missing} bytes) are missing"
         ),
     ]
+    if named_budget(plan.card.name) is not None:
+        lines.append(_budget_line(plan, nearest))
     return [*lines, _card_line(nearest)]
+
+
+def _budget_line(plan: Plan, nearest: Proposal) -> str:
+    """Return the least budget that would do; where the context alone takes all, that too."""
+    context = plan.card.context_bytes
+    least = nearest.needs_bytes + context
+    return (
+        f"the least budget that would do: {least} bytes ({format_bytes(least)}), of which the CUDA "
+        f"context takes {format_bytes(context)}"
+    )
 
 
 def _card_line(nearest: Proposal) -> str:

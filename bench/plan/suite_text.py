@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,24 @@ from bench.imported import parse_input
 from bench.plan.search import Proposal
 from bench.shapes import format_shape
 
-__all__ = ["suite_text", "write_suite"]
+__all__ = ["check_writable", "suite_text", "write_suite"]
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that ``write_suite`` could not write, before minutes are spent on a search.
+
+    Errors: MembenchError where its folder is not there, or it is no file that may be written.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        why = f"{folder} is no folder; make it first"
+    elif path.is_dir():
+        why = "it is a folder; name a file in it"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        why = "it may not be written; name another file"
+    else:
+        return
+    raise MembenchError(f"cannot write the suite {path}: {why}")
 
 
 def write_suite(path: Path, proposals: Sequence[Proposal], card: str | None, title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -360,6 +361,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], words
     assert result.exit_code == 2
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("none/x.yaml", "is no folder"), (".", "it is a folder"), ("f/x", "no folder")],
+)
+def test_a_suite_that_cannot_be_written_is_refused_before_the_search(
+    path: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "f").touch()
+    monkeypatch.setattr("bench.plan.simulator.Simulator.__init__", None)  # no search may begin
+
+    result = invoke(*SHAPE, "--card", "t4-16gb", "--write-suite", str(tmp_path / path))
+
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_least_budget_that_is_named_does_and_a_byte_less_does_not() -> None:
+    """96 MiB are needed by the allocator; 64 MiB are less than the context alone."""
+    result = invoke(*SHAPE, "--budget", "64MiB")
+    (line,) = [one for one in result.stdout.splitlines() if "least budget" in one]
+    found = re.search(r"would do: (\d+) bytes", line)
+    assert found is not None
+    least = int(found[1])
+
+    assert result.exit_code == 1
+    assert f"the CUDA context takes {CONTEXT // MIB} MiB" in line
+    assert least > CONTEXT
+    assert invoke(*SHAPE, "--budget", str(least), "--json").exit_code == 0
+    assert invoke(*SHAPE, "--budget", str(least - 1), "--json").exit_code == 1
 
 
 def test_a_network_that_cannot_be_simulated_is_named(simulator: Simulator) -> None:
