@@ -7,36 +7,37 @@ others. It runs from a bare source tree: no git (``MEMBENCH_COMMIT`` names the c
 installation, no nox. Results, logs and a summary end up in one archive, rewritten after each part.
 
 Every part is a piece of less than ten minutes: at ``--part-limit`` it is ended, and run again it
-goes on where it stopped. ``--dry-run`` lists them, ``--only NAME`` runs one of them. Logs and
-outcomes of earlier pieces stay in the archive.
+goes on where it stopped, with the cases it has no record of. ``--dry-run`` lists the parts,
+``--only NAME`` runs one of them. Ctrl-C, SIGTERM and SIGHUP end the part and write the archive.
 
-Exit code 0: all passed; 1: a part failed; 2: there is no GPU, or the arguments are wrong.
+Put the archive of an earlier piece where ``--archive`` says, and the next one goes on from it, on
+another machine with the same card too: logs, outcomes and records come out of it. It must not lie
+within the results.
+
+Exit code 0: all passed; 1: a part failed; 2: there is no GPU, the arguments are wrong, or the
+archive cannot be read or written; 128 + n: ended by signal n.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.errors import MembenchError, nearest
 from bench.gpu import gpu_identity
+from bench.gpu_session_archive import check_place, pack, shim_results, unpack
+from bench.gpu_session_part import ROOT, Outcome, Part, Stop, run_part, say, stop_on_signals
 
 __all__ = ["Outcome", "Part", "main", "pack", "plan", "run_part"]
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("tests", "calibrate", "measure", "traces", "bench", "predict", "fidelity")
 _PYTEST_OPTIONS = (
     *("-m", "gpu"),
@@ -50,24 +51,6 @@ _BENCHMARK_OPTIONS = (
 )
 _PART_LIMIT_S = 590.0
 _CARD_UNKNOWN = "CARD"  # what a dry run prints without a GPU
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One command of the session."""
-
-    name: str
-    command: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a part ended. ``exit_code`` below 0: ended by that signal."""
-
-    name: str
-    exit_code: int
-    seconds: float
 
 
 def plan(
@@ -124,7 +107,7 @@ def _predict(suite: str, results: Path, card: str) -> list[Part]:
     """Predict with the GPU's own torch on its own device, and as a machine without a GPU would."""
     options = ("bench", "run", suite, "--device", "predict", "--card", card, "--resume")
     cards = str(results / "cards")
-    shim = str(_shim_results(results))
+    shim = str(shim_results(results))
     return [
         _python(f"predict-{suite}", *options, "--results", str(results), MEMBENCH_CARDS=cards),
         _python(
@@ -136,70 +119,10 @@ def _predict(suite: str, results: Path, card: str) -> list[Part]:
     ]
 
 
-def _shim_results(results: Path) -> Path:
-    """Return the folder for the shim's records: a report takes every record within its folder."""
-    return results.with_name(f"{results.name}.shim")
-
-
 def _fidelity(results: Path, card: str) -> Part:
     options = (str(results / card), "--output", str(results / "reports"))
     cards = str(results / "cards")
     return _python("fidelity", "bench", "fidelity", *options, MEMBENCH_CARDS=cards)
-
-
-def run_part(part: Part, log: Path, limit_s: float | None = None, root: Path = ROOT) -> Outcome:
-    """Run one command in ``root``, its output both here and in ``log``; end it at its limit."""
-    began = time.monotonic()
-    path = os.pathsep.join(p for p in (str(root), os.environ.get("PYTHONPATH")) if p)
-    process = subprocess.Popen(
-        part.command,
-        cwd=root,
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "PYTHONUNBUFFERED": "1",
-            **dict(part.environment),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    timer = threading.Timer(limit_s or 0.0, _end, (process,))
-    if limit_s is not None:
-        timer.start()
-    try:
-        assert process.stdout is not None
-        with process.stdout, log.open("w") as file:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                file.write(line)
-        code = process.wait()
-    finally:
-        timer.cancel()
-        _end(process)
-    return Outcome(part.name, code, round(time.monotonic() - began, 1))
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a part and whatever it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def pack(archive: Path, results: Path, logs: Path, summary: dict[str, object]) -> None:
-    """Write results, logs and the summary into one tar.gz, in place of an earlier one."""
-    (logs / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = archive.with_name(archive.name + ".part")
-    with tarfile.open(unfinished, "w:gz") as tar:
-        tar.add(logs, "logs")
-        for folder, name in ((results, "results"), (_shim_results(results), "results.shim")):
-            if folder.is_dir():
-                tar.add(folder, name)
-    unfinished.replace(archive)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,35 +130,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     results, archive = options.results.resolve(), options.archive.resolve()
     try:
+        check_place(archive, results)
         plan(results, _CARD_UNKNOWN, options.parts, suites=options.suites)  # before a GPU is asked
         card = _CARD_UNKNOWN if options.dry_run else gpu_identity().card
+        parts = _chosen(plan(results, card, options.parts, suites=options.suites), options.only)
+        if options.dry_run:
+            for part in parts:
+                print(f"{part.name}: {_shown(part)}")
+            return 0
+        limits = _Limits(options.time_limit, options.part_limit)
+        with stop_on_signals() as stop:
+            outcomes = _run_all(parts, card, results, archive, limits, stop)
     except MembenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    parts = plan(results, card, options.parts, suites=options.suites)
-    if options.only:
-        unknown = sorted(set(options.only) - {part.name for part in parts})
-        if unknown:
-            known = nearest(unknown[0], [part.name for part in parts])
-            print(f"error: no part is called {unknown[0]!r}{known}", file=sys.stderr)
-            return 2
-        parts = [part for part in parts if part.name in options.only]
-    if options.dry_run:
-        for part in parts:
-            print(f"{part.name}: {_shown(part)}")
-        return 0
-    limits = _Limits(options.time_limit, options.part_limit)
-    try:
-        outcomes = _run_all(parts, card, results, archive, limits)
-    except MembenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _concluded(card, outcomes, len(parts), archive, stop)
+
+
+def _chosen(parts: list[Part], only: Sequence[str] | None) -> list[Part]:
+    """Return the parts that ``--only`` names, all without it."""
+    names = [part.name for part in parts]
+    for name in sorted(set(only or ()) - set(names)):
+        raise MembenchError(f"no part is called {name!r}{nearest(name, names)}")
+    return [part for part in parts if only is None or part.name in only]
+
+
+def _concluded(card: str, outcomes: list[Outcome], planned: int, archive: Path, stop: Stop) -> int:
+    """Say how the parts ended; return the exit code."""
     failed = [outcome for outcome in outcomes if outcome.exit_code != 0]
-    print(f"\n{card}: {len(outcomes) - len(failed)} of {len(parts)} parts passed")
+    say(f"\n{card}: {len(outcomes) - len(failed)} of {planned} parts passed")
     for outcome in outcomes:
-        print(f"  {outcome.name}: exit code {outcome.exit_code}, {outcome.seconds} s")
-    print(f"results, logs and summary: {archive}")
-    return 1 if failed or len(outcomes) < len(parts) else 0
+        say(f"  {outcome.name}: exit code {outcome.exit_code}, {outcome.seconds} s")
+    say(f"results, logs and summary: {archive}")
+    if stop.signal is not None:
+        say(f"interrupted by {signal.Signals(stop.signal).name}; the same command goes on")
+        return 128 + stop.signal
+    return 1 if failed or len(outcomes) < planned else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,27 +175,28 @@ class _Limits:
 
 
 def _run_all(
-    parts: list[Part], card: str, results: Path, archive: Path, limits: _Limits
+    parts: list[Part], card: str, results: Path, archive: Path, limits: _Limits, stop: Stop
 ) -> list[Outcome]:
     deadline = None if limits.session_s is None else time.monotonic() + limits.session_s
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        earlier = _unpack(archive, Path(folder), card)
+        logs = Path(folder)
+        known = unpack(archive, results, logs, card)
         for part in parts:
             left_s = limits.part_s if deadline is None else deadline - time.monotonic()
-            if left_s <= 0:
+            if left_s <= 0 or stop.signal is not None:
                 break
-            print(f"\n== {part.name}: {_shown(part)}", flush=True)
+            say(f"\n== {part.name}: {_shown(part)}")
             limit_s = min(left_s, limits.part_s)
-            outcomes.append(run_part(part, Path(folder) / f"{part.name}.log", limit_s))
-            earlier |= {outcome.name: asdict(outcome) for outcome in outcomes}
+            outcomes.append(run_part(part, logs / f"{part.name}.log", limit_s, stop))
+            known |= {outcome.name: asdict(outcome) for outcome in outcomes}
             summary: dict[str, object] = {
                 "card": card,
                 "commit": os.environ.get("MEMBENCH_COMMIT"),
                 "planned": [p.name for p in parts],
-                "outcomes": list(earlier.values()),
+                "outcomes": list(known.values()),
             }
-            pack(archive, results, Path(folder), summary)
+            pack(archive, results, logs, summary)
     return outcomes
 
 
@@ -273,26 +204,6 @@ def _shown(part: Part) -> str:
     return " ".join(
         [*(f"{n}={shlex.quote(v)}" for n, v in part.environment), shlex.join(part.command)]
     )
-
-
-def _unpack(archive: Path, logs: Path, card: str) -> dict[str, dict[str, object]]:
-    """Put the logs of earlier pieces on the same card into ``logs``; return their outcomes."""
-    if not archive.is_file():
-        return {}
-    try:
-        with tarfile.open(archive) as tar:
-            found = tar.extractfile("logs/summary.json")
-            summary = json.load(found) if found is not None else {}
-            if summary.get("card") != card:
-                return {}
-            for member in tar.getmembers():
-                name = Path(member.name)
-                content = tar.extractfile(member)
-                if name.parent == Path("logs") and name.suffix == ".log" and content is not None:
-                    (logs / name.name).write_bytes(content.read())
-            return {outcome["name"]: outcome for outcome in summary["outcomes"]}
-    except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-        raise MembenchError(f"{archive} is no archive of a session: {error}; remove it") from None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

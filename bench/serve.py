@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.errors import MembenchError
 
-__all__ = ["serve"]
+__all__ = ["die_with_parent", "serve"]
 
 _PR_SET_PDEATHSIG = 1
 _TRACING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "predict", "tracer.py")
@@ -27,7 +27,7 @@ def serve(hello: dict[str, Any], handle: Callable[[dict[str, Any]], dict[str, An
     """Answer requests until stdin closes. A request that fails is answered with its reason."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    _die_with_parent()
+    die_with_parent()
     _send(replies, hello)
     for line in sys.stdin:
         _send(replies, _answer(json.loads(line), handle))
@@ -68,7 +68,7 @@ def _send(replies: Any, reply: dict[str, Any]) -> None:
     replies.flush()
 
 
-def _die_with_parent() -> None:
-    """A parent that is killed must not leave a child behind that holds a GPU."""
+def die_with_parent() -> None:
+    """Have this process killed with its parent, which must not leave one that holds a GPU."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

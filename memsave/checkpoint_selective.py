@@ -44,7 +44,9 @@ def checkpoint_selective(module: nn.Module) -> nn.Module:
         block's norms and activations live while backward runs it. In-place activations work on
         copies meanwhile, since they would overwrite what is kept.
     Exact: results and gradients are the module's own, bit for bit; dropout draws the same masks
-        and running statistics are updated once. No convolution runs twice.
+        and running statistics are updated once. No convolution runs twice. Under autocast the
+        gradients of a module that is called more than once are summed in the weights' own type,
+        where the plain module's are summed in the narrow one.
     Errors: RefusedError for a module with in-place norms, which overwrite the convolutions'
         results (they save the same bytes by themselves), and for one that is checkpointed
         already. RuntimeError from torch, in backward, if a function in its forward overwrites
@@ -98,9 +100,9 @@ def _selective_contexts(modules: Sequence[nn.Module]) -> Contexts:
     make: Any = create_selective_checkpoint_contexts
     forward, recomputation = make(_keep_products)
     return (
-        _together(_on_copies(modules), forward),
+        _together(_on_copies(modules), _casting_anew(), forward),
         # The statistics first: their copies are not among the operations that forward ran.
-        _together(_contexts(modules)[1], _on_copies(modules), recomputation),
+        _together(_contexts(modules)[1], _on_copies(modules), _casting_anew(), recomputation),
     )
 
 
@@ -110,6 +112,21 @@ def _together(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
         for context in contexts:
             entered.enter_context(context)
         yield
+
+
+@contextmanager
+def _casting_anew() -> Iterator[None]:
+    """Let autocast cast each weight here, whether or not it did so before.
+
+    A module that is called twice would find its weights cast the second time, but not when that
+    call is run again: one operation more than forward had, which torch refuses.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 @contextmanager

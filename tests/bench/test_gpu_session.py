@@ -122,7 +122,7 @@ def test_each_part_has_a_limit_of_its_own_and_its_environment(
     with tarfile.open(session[0]) as tar:
         log = tar.extractfile("logs/slow.log")
         assert log is not None
-        assert log.read() == b"said\n"
+        assert log.read().startswith(b"said\n")
 
 
 def test_the_kinds_of_parts_can_be_chosen(tree: Path) -> None:
@@ -197,17 +197,17 @@ def test_a_part_past_its_limit_is_ended(tmp_path: Path) -> None:
 
     outcome = run_part(waiting, tmp_path / "log", limit_s=1.0)
 
-    assert outcome.exit_code == -9
+    assert outcome.exit_code == -2  # asked as Ctrl-C asks
     assert outcome.seconds < 30
 
 
 def test_a_part_whose_log_cannot_be_written_is_not_left_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[subprocess.Popen[str]] = []
+    started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
-    def remembered(*positional: Any, **named: Any) -> subprocess.Popen[str]:
+    def remembered(*positional: Any, **named: Any) -> subprocess.Popen[bytes]:
         started.append(popen(*positional, **named))
         return started[-1]
 
@@ -269,7 +269,7 @@ def test_the_archive_is_there_after_the_first_part_already(
     archive, arguments = session
     seen: list[bool] = []
 
-    def watched(part: Part, _log: Path, _limit_s: float | None) -> Outcome:
+    def watched(part: Part, *_: object) -> Outcome:
         seen.append(archive.exists())
         return Outcome(part.name, 0, 0.0)
 
@@ -301,3 +301,49 @@ def test_packing_again_replaces_the_archive_and_leaves_nothing_beside_it(tmp_pat
         assert member is not None
         assert json.load(member) == {"number": 2}
     assert [path.name for path in archive.parent.iterdir()] == ["a.tar.gz"]
+
+
+def test_a_part_that_leaves_something_behind_is_not_waited_for(tmp_path: Path) -> None:
+    code = "import os, time\nif os.fork() == 0: time.sleep(60)\nelse: print('done')"
+
+    outcome = run_part(python("p", code), tmp_path / "log", limit_s=50)
+
+    assert (outcome.exit_code, (tmp_path / "log").read_text()) == (0, "done\n")
+    assert outcome.seconds < 30
+
+
+def test_a_part_that_closes_its_output_still_has_its_limit(tmp_path: Path) -> None:
+    code = "import os, time; os.close(1); os.close(2); time.sleep(60)"
+
+    assert run_part(python("p", code), tmp_path / "log", limit_s=0.5).exit_code == -2
+
+
+def test_an_archive_that_was_cut_off_is_named(
+    session: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, arguments = session
+    main(arguments)
+    archive.write_bytes(archive.read_bytes()[:-40])
+
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{archive} is no archive of a session" in line
+
+
+def test_an_archive_that_cannot_be_written_is_one_line_and_keeps_the_records(
+    session: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file where the folder should be")
+
+    assert main(session[1]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot write the archive {session[0]}: ")
+
+
+def test_an_archive_within_the_results_is_misuse(
+    session: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = session[1][1]
+
+    assert main(["--results", results, "--archive", f"{results}/s.tar.gz"]) == 2
+    assert "choose another place with --archive" in capsys.readouterr().err

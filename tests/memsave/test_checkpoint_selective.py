@@ -147,3 +147,23 @@ def test_the_technique_takes_the_blocks_of_a_network() -> None:
     assert [n for n, m in chosen.named_modules() if type(m).__name__.startswith("Sel")] == [
         "decoder.0"
     ]
+
+
+def test_a_block_that_is_called_twice_under_autocast_has_the_plain_gradients() -> None:
+    """As a recurrent cell is: its weights are cast once forward, but again for each call run again.
+
+    Not to the bit: the plain block sums the gradients of its two calls in bfloat16, of 8 bits.
+    """
+    plain = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Tanh())
+    selective = checkpoint_selective(copy.deepcopy(plain))
+    x = torch.randn(2, 2, 4, 4)
+    for block in (plain, selective):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(block(x))
+            assert torch.is_autocast_cache_enabled()
+        out.float().sum().backward()
+    for ours, theirs in zip(selective.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        bound = 2**-7 * float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=bound)
