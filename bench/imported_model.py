@@ -150,6 +150,9 @@ def _place(model: nn.Module, device: torch.device) -> None:
             if isinstance(value, list | tuple | dict) and not name.startswith("_"):
                 old.append(value)
                 setattr(module, name, _anew_inside(value, anew))
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # as its constructor did, where cuDNN is to run it
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

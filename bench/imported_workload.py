@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -277,6 +277,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif hasattr(value, "__dict__"):
         yield from _tensors(vars(value))
+    elif is_dataclass(value):  # with slots
+        yield from _tensors([getattr(value, part.name, None) for part in fields(value)])
 
 
 def _described(value: Any) -> str:

@@ -22,6 +22,7 @@ from bench.errors import MembenchError, nearest
 from bench.predict.folders import expanded
 
 __all__ = [
+    "DEFAULT_MULTIPROCESSORS",
     "Card",
     "ConvolutionKind",
     "ConvolutionWorkspace",
@@ -35,6 +36,8 @@ __all__ = [
 ConvolutionKind = Literal["float32", "half"]
 
 _SHIPPED = Path(__file__).with_name("cards")
+DEFAULT_MULTIPROCESSORS = 132
+"""What a card's file that does not say is taken to have: as an H100 or H200."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9]+gb")
 # 32 MiB on compute capability 9 and later; 2 x 4096 KiB + 8 x 16 KiB before.
 _CUBLAS_NEW_BYTES = 33_554_432
@@ -78,6 +81,7 @@ class Card:
     context_source: str
     convolution_workspace: ConvolutionWorkspace
     calibration: dict[str, Any] | None = None
+    multiprocessors: int = DEFAULT_MULTIPROCESSORS  # reductions are laid out by it
     context_cuda: str = ""  # the CUDA version that context_bytes is from; empty: not known
     context_cuda_source: str = ""
 
@@ -103,10 +107,11 @@ class Card:
     def digest(self) -> str:
         """Return a short hash of all that a prediction takes from the card, and of its sources.
 
-        Not of ``context_cuda``, which came later than the first records: theirs stay comparable.
+        Not of ``context_cuda`` and ``multiprocessors``, which came later than the first records:
+        theirs stay comparable.
         """
         data = self.to_dict()
-        for name in ("context_cuda", "context_cuda_source"):
+        for name in ("context_cuda", "context_cuda_source", "multiprocessors"):
             del data[name]
         text = json.dumps(data, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -128,6 +133,7 @@ class Card:
             context_source=fields.text("context_source"),
             convolution_workspace=_convolution_workspace(fields.object("convolution_workspace")),
             calibration=fields.optional("calibration"),
+            multiprocessors=fields.count_or("multiprocessors", DEFAULT_MULTIPROCESSORS),
             context_cuda=fields.text_or_empty("context_cuda"),
             context_cuda_source=fields.text_or_empty("context_cuda_source"),
         )
@@ -191,6 +197,13 @@ class _Fields:
         value = self._get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.wrong(name, "a whole number of bytes")
+        return value
+
+    def count_or(self, name: str, default: int) -> int:
+        self.known.append(name)
+        value = self.data.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.wrong(name, "a whole number from 1 on")
         return value
 
     def fraction(self, name: str) -> float:

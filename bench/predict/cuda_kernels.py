@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+from bench.predict.recurrent_layers import register_recurrent_layers
+from bench.predict.traced_card import trace_for
+
 __all__ = ["ONE_KERNEL", "register_cuda_kernels"]
 
 ONE_KERNEL = ("silu_backward", "mish_backward", "_fused_rms_norm")
@@ -22,7 +25,8 @@ _kept: list[torch.library.Library] = []  # a library's kernels go when it does
 def register_cuda_kernels() -> None:
     """Register the kernels, for the rest of the process; nothing is done a second time.
 
-    They are there to be seen by the dispatcher and never run: fake tensors compute nothing.
+    They are there to be seen by the dispatcher and never run: fake tensors compute nothing. With
+    them come the recurrent layers, see ``bench.predict.recurrent_layers``.
     """
     if _kept:
         return
@@ -32,6 +36,8 @@ def register_cuda_kernels() -> None:
         if known and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
             library.impl(name, _never_run)  # type: ignore[no-untyped-call]
     _kept.append(library)
+    register_recurrent_layers()
+    trace_for()
 
 
 def _never_run(*_: Any, **__: Any) -> Any:

@@ -95,6 +95,15 @@ def _dense_input(args: tuple[Any, ...], _: Tensor) -> tuple[int, ...]:
     return (int(source.numel() * source.element_size()),)
 
 
+def _safe_softmax(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
+    """Rows that are masked whole are looked for: a yes or no by number, by row, and a zero."""
+    dim, rank = int(args[1]), max(1, result.dim())
+    if result.device.type != "cuda" or not result.numel():
+        return ()
+    side = result.shape[dim % rank] if result.dim() else 1
+    return (result.numel(), result.numel() // side, result.element_size())
+
+
 def _unreduced(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
     """On CUDA what is reduced into a loss of one number is a tensor beside the loss's own room."""
     reduction = args[2] if len(args) > 2 else 1
@@ -129,5 +138,6 @@ _RULES: Final[dict[Any, _Rule]] = {
     _aten.linalg_vector_norm: _norm,
     **dict.fromkeys((_aten._softmax, _aten._log_softmax), _dense_input),
     **dict.fromkeys((_aten.mse_loss, _aten.smooth_l1_loss), _unreduced),
+    _aten._safe_softmax: _safe_softmax,
     _aten._softmax_backward_data: _softmax_backward,
 }

@@ -19,6 +19,7 @@ from bench.predict.owners import categorise_gradients, categorise_parameters, ca
 from bench.predict.step_trace import Trace, releases_in_order
 from bench.predict.timeline import History, make_timeline
 from bench.predict.trace_data import encode_trace
+from bench.predict.traced_card import trace_for
 from bench.predict.traced_streams import TracedStreams, peak_host_bytes
 from bench.predict.tracer import Tracer
 from bench.predict.workspaces import fill_workspaces, uncalibrated_parts
@@ -119,6 +120,7 @@ def predict(
     ``with_trace`` adds ``"trace"``, what ``encode_trace`` makes of the trace without the card.
     """
     calibration = read_calibration(card.calibration, card.name)
+    trace_for(card)
     watched = calibration.watched if calibration else frozenset()
     bare, parameters, notes = trace_case_folded(case, device_type, watched)
     if calibration is not None:
@@ -151,6 +153,7 @@ def predict(
         "parts": asdict(_parts(trace, result, card)),
         "uncalibrated": (
             *uncalibrated_parts(bare.events, case.cudnn_benchmark, card),
+            *sorted(bare.estimated),
             *_not_as_on_cuda(case, device_type),
         ),
         "phases": {name: asdict(_peaks(peaks)) for name, peaks in result.phases.items()},

@@ -6,8 +6,8 @@ a sum over rows, as of a linear layer's bias gradient, it may be larger than wha
 
 Follows how torch lays a reduction out over the GPU (seen on 2.11 and 2.13): dimensions that are
 reduced come first, neighbours that lie on end are taken as one, threads go to what lies closest.
-The GPU is one of 132 multiprocessors with 2,048 threads each. On another the buffer differs only
-where more than some 16,000 results lie side by side, or where few results take very many numbers.
+How many multiprocessors there are, and threads in each, is the traced card's. It counts only where
+more than some 16,000 results lie side by side, or where few results take very many numbers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from math import prod
 
 from torch import Tensor
 
+from bench.predict.traced_card import multiprocessors, resident_threads
+
 __all__ = ["reduction_buffer_bytes"]
 
-_MULTIPROCESSORS = 132
-_THREADS_OF_A_MULTIPROCESSOR = 2048
 _MOST_THREADS = 512  # of a block, by all results of its widest loads
 _WARP = 32
 _LEAST_VALUES, _MOST_VALUES = 16, 256  # for each thread
@@ -69,7 +69,7 @@ def reduction_buffer_bytes(
 
 
 def _blocks_of_a_result(values: int, grid: int, threads: int) -> int:
-    room = _MULTIPROCESSORS * (_THREADS_OF_A_MULTIPROCESSOR // threads)
+    room = multiprocessors() * (resident_threads() // threads)
     if values < _MOST_VALUES or grid > room:
         return 1
     wanted = min(_parts(room, grid), _parts(values, _LEAST_VALUES))

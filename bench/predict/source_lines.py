@@ -7,26 +7,38 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
 import memsave.checkpoint
 
-__all__ = ["asked_by_grad_scaler", "user_line"]
+__all__ = ["asked_by_grad_scaler", "user_line", "what_to_do"]
 
 _TORCH = str(Path(torch.__file__).parent)
 # Frames that are nobody's own code: the tracer's, generated ones, the wrapper of a checkpoint.
 _TRACER = str(Path(__file__).with_name("tracer.py"))
+_RECURRENT = str(Path(__file__).with_name("recurrent_layers.py"))
 # What runs in the hooks of offloading and compression runs within somebody's operator.
 _HOOKS = tuple(
     str(Path(memsave.checkpoint.__file__).with_name(name))
     for name in ("offload", "compression", "saved_parameters")
 )
-_OURS = (__file__, _TRACER, memsave.checkpoint.__file__, *_HOOKS, "<")
+_OURS = (__file__, _TRACER, _RECURRENT, memsave.checkpoint.__file__, *_HOOKS, "<")
 _ENGINE = str(Path(torch.__file__).parent / "autograd" / "graph.py")  # calls backward
 _RECOMPUTATION = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
 _GRAD_SCALER = str(Path(torch.__file__).parent / "amp" / "grad_scaler.py")
 _OPTIMIZERS = str(Path(torch.__file__).parent / "optim")
+
+
+def what_to_do(func: Any) -> str:
+    """Return the advice for an operator that asked for a value."""
+    if func is torch.ops.aten._pack_padded_sequence.default:
+        return (
+            "give the layer the padded tensor itself: packed, it would hold no more than that, and "
+            "how much less depends on the lengths"
+        )
+    return "keep .item(), .tolist(), nonzero() and sizes that depend on data out of the step"
 
 
 def _frames() -> Iterator[FrameType]:

@@ -36,6 +36,7 @@ class Trace:
     categories: list[Category] = field(default_factory=list)  # by allocation id
     flops: Flops = field(default_factory=Flops)  # of one step
     notes: tuple[str, ...] = ()  # how the network was built
+    estimated: set[str] = field(default_factory=set)  # what else rests on an estimate
 
 
 def releases_in_order(events: list[Event]) -> list[Event]:

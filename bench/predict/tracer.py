@@ -44,9 +44,10 @@ from bench.predict.call_notes import (
 )
 from bench.predict.engine_adds import EngineAdds
 from bench.predict.fake_storages import forgetting_storages
+from bench.predict.followed_calls import FOLLOWED
 from bench.predict.hidden_temporaries import bias_gradient_bytes, hidden_bytes, kept_bytes
 from bench.predict.library_calls import Direction
-from bench.predict.source_lines import asked_by_grad_scaler, user_line
+from bench.predict.source_lines import asked_by_grad_scaler, user_line, what_to_do
 from bench.predict.step_trace import Site, Trace
 from bench.predict.view_gradients import ViewGradients
 from bench.record import Category
@@ -85,6 +86,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._cublas_threads: set[tuple[bool, str]] = set()
         self._view_gradients = ViewGradients()
         self._recording = True
+        self._within: Site | None = None  # of an operator that is followed into its allocations
         self.flops = FlopCount()
 
     def __enter__(self) -> Self:
@@ -111,6 +113,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._view_gradients.operator(func, args)
         site = self._site(func)
         func = self._engine_adds.operator(func, args)
+        if func.overloadpacket in FOLLOWED and self.device_type == "cuda":
+            return self._from_within(func.overloadpacket, args, kwargs or {}, site)
         try:
             with forgetting_storages(func, args):
                 result = func(*args, **(kwargs or {}))
@@ -119,7 +123,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return 0.0  # "no infinities found": the step is not skipped
             raise TraceError(
                 f"{user_line()}: {func} needs a value that a predicted step does not have; "
-                "keep .item(), .tolist(), nonzero() and sizes that depend on data out of the step"
+                f"{what_to_do(func)}"
             ) from error
         packet = func.overloadpacket
         self.flops.add(packet, args, kwargs, result, in_module=bool(self._module_stack))
@@ -307,7 +311,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kind = "float32" if source.dtype in (torch.float32, torch.float64) else "half"
         channels_last = operand_format(source, weight) != torch.contiguous_format
         call = convolution_call(direction, *operands, arguments, channels_last)
-        size = _bytes(source) + _bytes(output)
+        size = source.nbytes + output.nbytes
         self.trace.events.append(("convolution", size, kind, call, site))
 
     def _copies(
@@ -315,7 +319,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> list[int]:
         """Copy what cuDNN cannot read as it lies; torch holds the copies for the whole call."""
         copied = [t for t in operands if not t.is_contiguous(memory_format=dense)]
-        return [self._alloc(_bytes(tensor), _copy_in(site)) for tensor in copied]
+        return [self._alloc(tensor.nbytes, _copy_in(site)) for tensor in copied]
+
+    def _from_within(self, packet: Any, args: Any, kwargs: Any, site: Site) -> Any:
+        """Follow a call into what it allocates, all of it taken at ``site``."""
+        call, estimated = FOLLOWED[packet]
+        self.trace.estimated |= set(estimated)
+        self._within = site
+        TorchDispatchMode.__enter__(self)  # type: ignore[no-untyped-call]
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)  # type: ignore[no-untyped-call]
+            self._within = None
+        self.flops.add(packet, args, kwargs, result, in_module=bool(self._module_stack))
+        return result
 
     def _hold(self, sizes: tuple[int, ...], site: Site) -> None:
         """Take what is given back once the operator has run."""
@@ -341,6 +359,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- attribution ------------------------------------------------------------------------
 
     def _site(self, func: Any) -> Site:
+        if self._within is not None:
+            return self._within
         node = torch._C._current_autograd_node()
         operator = str(func)
         if name := running_name():  # what runs slab by slab, in either direction
@@ -377,7 +397,3 @@ def _is_on(tensor: Tensor, device_type: str) -> bool:
 
 def _copy_in(site: Site) -> Site:
     return replace(site, operator=f"{site.operator} (copy inside)")
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -27,6 +27,10 @@ def main() -> None:
     import torch
     import torch.cuda.amp.common
 
+    if tracer == "cuda":
+        from bench.predict.recurrent_layers import register_recurrent_layers
+
+        register_recurrent_layers()
     if tracer == "cuda-shim":
         from bench.predict.cuda_kernels import register_cuda_kernels
 

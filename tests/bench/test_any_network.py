@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench.cli import app
 from bench.errors import MembenchError
 from bench.imported import Imported, InputSpec, check_reference, label, parse_input, resolve
 from bench.imported_model import BUILT_ON_CPU
+from bench.imported_workload import output_sum
 from bench.predict.predictor import trace_case
 from bench.predict.step_trace import Trace
 from bench.predict.tracer import TraceError
@@ -450,3 +452,14 @@ def test_misuse_of_predict_is_one_line_and_exit_code_2(
     assert (code, out) == (2, "")
     assert why in error
     assert len(error.splitlines()) == 1
+
+
+@dataclass(slots=True)
+class _Slots:
+    first: torch.Tensor
+    name: str
+
+
+def test_the_sum_loss_looks_into_a_dataclass_with_slots() -> None:
+    numbers = torch.ones(3, requires_grad=True)
+    assert output_sum(_Slots(numbers, "one")).item() == 3.0

@@ -43,6 +43,23 @@ const char* error_text(CUresult error) {
 
 }  // namespace
 
+// By compute capability, from the tables of the CUDA C++ programming guide: the most shared memory
+// that a block may ask for, and the threads that a multiprocessor holds.
+static int shared_kib() {
+  const int capability = standin::capability();
+  if (capability == 86 || capability == 89 || capability >= 120) return 99;
+  if (capability >= 90) return 227;
+  if (capability >= 80) return 163;
+  if (capability == 75) return 64;
+  return capability >= 70 ? 96 : 48;
+}
+
+static int threads() {
+  const int capability = standin::capability();
+  if (capability == 75) return 1024;
+  return (capability >= 86 && capability <= 89) || capability >= 120 ? 1536 : 2048;
+}
+
 extern "C" {
 
 CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
@@ -92,9 +109,11 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = standin::capability() / 10; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = standin::capability() % 10; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: *value = 48 << 10; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 227 << 10; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 228 << 10; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: *value = 2048; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = shared_kib() << 10; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
+      *value = (shared_kib() + 1) << 10;
+      break;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: *value = threads(); break;
     case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
     case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X: *value = 2147483647; break;

@@ -1,0 +1,25 @@
+"""Operators that a trace follows into their allocations, and what of them is an estimate.
+
+Fake tensors know an operator's results alone. These take more beside, in an order that matters: a
+function of ours runs in the operator's place, whose tensors are taken and dropped as CUDA's host
+code takes and drops them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from bench.predict.attention import ATTENTION_CALLS, CUDNN_ATTENTION, CUDNN_ESTIMATED
+from bench.predict.recurrent_layers import CUDNN_CALLS, ESTIMATED
+
+__all__ = ["FOLLOWED"]
+
+FOLLOWED: Final[dict[Any, tuple[Callable[..., Any], tuple[str, ...]]]] = {
+    **{
+        packet: (call, (CUDNN_ESTIMATED,) if packet in CUDNN_ATTENTION else ())
+        for packet, call in ATTENTION_CALLS.items()
+    },
+    **{packet: (call, (ESTIMATED,)) for packet, call in CUDNN_CALLS.items()},
+}
+"""Operator -> what runs in its place, and the parts of a prediction that are estimated."""
