@@ -1,10 +1,11 @@
 """All that needs a GPU, in one go: ``python -m bench.gpu_session``.
 
 Runs the tests marked ``gpu``, measures the card (``membench calibrate``), runs every shipped suite
-on the GPU, records memory traces, times the kernels, predicts the same suites for that card with
-the tracer ``cuda`` and with the shim, and publishes the error. A part that fails does not stop the
-others. It runs from a bare source tree: no git (``MEMBENCH_COMMIT`` names the commit), no
-installation, no nox. Results, logs and a summary end up in one archive, rewritten after each part.
+on the GPU, and the best proposals of ``results/plans`` capped to the cards that they were made for,
+records memory traces, times the kernels, predicts the same suites for that card with the tracer
+``cuda`` and with the shim, and publishes the error. A part that fails does not stop the others. It
+runs from a bare source tree: no git (``MEMBENCH_COMMIT`` names the commit), no installation, no
+nox. Results, logs and a summary end up in one archive, rewritten after each part.
 
 Every part is a piece of less than ten minutes: at ``--part-limit`` it is ended, and run again it
 goes on where it stopped, with the cases it has no record of. ``--dry-run`` lists the parts,
@@ -38,7 +39,7 @@ from bench.gpu_session_part import ROOT, Outcome, Part, Stop, run_part, say, sto
 
 __all__ = ["Outcome", "Part", "main", "pack", "plan", "run_part"]
 
-KINDS = ("tests", "calibrate", "measure", "traces", "bench", "predict", "fidelity")
+KINDS = ("tests", "calibrate", "measure", "plans", "traces", "bench", "predict", "fidelity")
 _PYTEST_OPTIONS = (
     *("-m", "gpu"),
     # A test file whose imports this machine lacks must not keep the others from running, nor a
@@ -66,6 +67,7 @@ def plan(
     Raises MembenchError for a suite that is not.
     """
     shipped = sorted(path.stem for path in (root / "suites").glob("*.yaml"))
+    plans = sorted((root / "results/plans").glob("*.yaml"))
     suites = shipped if suites is None else suites
     for suite in suites:
         if suite not in shipped:
@@ -74,6 +76,7 @@ def plan(
         "tests": lambda: [_python("tests", "pytest", *_PYTEST_OPTIONS, "tests")],
         "calibrate": lambda: [_calibrate(results)],
         "measure": lambda: [_measure(suite, results) for suite in suites],
+        "plans": lambda: [_plan(path, results) for path in plans],
         "traces": lambda: [_traces(suite, results) for suite in suites],
         "bench": lambda: [_python("bench", "pytest", *_BENCHMARK_OPTIONS)],
         "predict": lambda: [part for suite in suites for part in _predict(suite, results, card)],
@@ -96,6 +99,12 @@ def _calibrate(results: Path) -> Part:
 def _measure(suite: str, results: Path) -> Part:
     options = ("--device", "cuda", "--results", str(results), "--resume")
     return _python(f"measure-{suite}", "bench", "run", suite, *options)
+
+
+def _plan(suite: Path, results: Path) -> Part:
+    """Run the best proposals of a plan, capped to the card that they were made for."""
+    options = ("--device", "cuda", "--card", suite.stem, "--results", str(results), "--resume")
+    return _python(f"plans-{suite.stem}", "bench", "run", str(suite), *options)
 
 
 def _traces(suite: str, results: Path) -> Part:

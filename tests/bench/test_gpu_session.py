@@ -59,6 +59,22 @@ def test_a_session_tests_calibrates_measures_predicts_both_ways_and_compares(tre
     assert "tests/benchmarks" in by_name["bench"].command
 
 
+def test_proposals_of_plans_are_run_capped_to_the_cards_they_were_made_for(tree: Path) -> None:
+    made = tree / "results" / "plans" / "rtx4060-8gb.yaml"
+    made.parent.mkdir(parents=True)
+    made.write_text("")
+    parts = plan(Path("/r"), "h200-141gb", ("plans",), tree)
+    assert [(part.name, part.command[1:]) for part in parts] == [
+        (
+            "plans-rtx4060-8gb",
+            (
+                *("-m", "bench", "run", str(made), "--device", "cuda", "--card", "rtx4060-8gb"),
+                *("--results", "/r", "--resume"),
+            ),
+        )
+    ]
+
+
 def test_parts_are_run_one_by_one_and_the_archive_keeps_the_earlier_ones(
     session: tuple[Path, list[str]],
 ) -> None:
