@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+# A shell's background jobs ignore Ctrl-C, and so would all that they start: these tests too.
+_HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 _RUN_OF_PARTS = """
 import sys
 from bench import gpu_session
@@ -83,7 +85,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     archive = tmp_path / "out" / "s.tar.gz"
     sessions: list[Session] = []
 
-    def started(*codes: str, before: str = "") -> Session:
+    def started(*codes: str, before: str = _HEARS_CTRL_C) -> Session:
         arguments = (str(archive), str(tmp_path / "results"), *codes)
         process = subprocess.Popen(
             [sys.executable, "-c", before + _RUN_OF_PARTS, *arguments],
