@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from bench.predict.card import Card, find_card
+from bench.predict.card import Card
+from bench.predict.card_files import all_cards
 from bench.units import format_bytes
 
 __all__ = ["budget_card", "named_budget"]
@@ -23,7 +24,7 @@ def budget_card(budget_bytes: int) -> Card:
     the bytes, so that ``find_card`` makes the same card of it again: ``budget-20gb`` for 20 GiB,
     ``budget-1500000000b-2gb`` for what is no whole number of them.
     """
-    model = find_card(_MODEL)
+    model = all_cards()[_MODEL]
     gib, rest = -(-budget_bytes // _GIB), budget_bytes % _GIB
     return replace(
         model,

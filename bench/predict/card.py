@@ -1,9 +1,7 @@
 """A card: what a GPU model gives a training step, as data. One JSON file each in ``cards/``.
 
 A figure that nobody has measured stands there as an estimate with its source, and the records that
-rest on it say so. A card of one's own is a file of the same form, ``<name>.json``, in the folder
-``$MEMBENCH_CARDS``, else ``$XDG_CONFIG_HOME/membench/cards``, else ``~/.config/membench/cards``; it
-takes the place of a shipped card of the same name.
+rest on it say so.
 """
 
 from __future__ import annotations
@@ -11,15 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from bench.errors import MembenchError, nearest
-from bench.predict.folders import expanded
 
 __all__ = [
     "DEFAULT_MULTIPROCESSORS",
@@ -27,15 +21,10 @@ __all__ = [
     "ConvolutionKind",
     "ConvolutionWorkspace",
     "WorkspaceRule",
-    "all_cards",
-    "card_files",
-    "find_card",
-    "user_cards_folder",
 ]
 
 ConvolutionKind = Literal["float32", "half"]
 
-_SHIPPED = Path(__file__).with_name("cards")
 DEFAULT_MULTIPROCESSORS = 132
 """What a card's file that does not say is taken to have: as an H100 or H200."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9]+gb")
@@ -235,61 +224,3 @@ class _Fields:
                 raise MembenchError(
                     f"{self.where}: field {self.prefix + name!r} is not known{hint}"
                 )
-
-
-def user_cards_folder() -> Path:
-    """Return the folder of the user's own cards, whether or not it exists."""
-    if named := os.environ.get("MEMBENCH_CARDS"):
-        return expanded("MEMBENCH_CARDS", named)
-    if settings := os.environ.get("XDG_CONFIG_HOME"):
-        return Path(settings) / "membench" / "cards"
-    try:
-        return Path.home() / ".config" / "membench" / "cards"
-    except RuntimeError:  # a user without a home folder
-        return Path("/nonexistent")
-
-
-def card_files(folder: Path) -> list[Path]:
-    """Return the card files of a folder; none in another user's, which cannot be searched."""
-    try:
-        return sorted(folder.glob("*.json"))
-    except PermissionError:
-        return []
-
-
-def all_cards() -> dict[str, Card]:
-    """Return every card by name, the user's in place of a shipped one of the same name.
-
-    Raises MembenchError naming file and field when a user's card cannot be read.
-    """
-    cards = dict(_read_folder(_SHIPPED))
-    cards.update(_read_folder(user_cards_folder()))
-    return dict(sorted(cards.items()))
-
-
-def find_card(name: str) -> Card:
-    """Return the card called ``name``, or raise MembenchError with the nearest names.
-
-    ``budget-20gb`` is a budget of 20 GiB, see ``budget_card``, unless a card is called so.
-    """
-    cards = all_cards()
-    if name in cards:
-        return cards[name]
-    from bench.predict.budget_card import named_budget  # which finds its model here
-
-    budget = named_budget(name)
-    if budget is None:
-        raise MembenchError(f"no card is called {name!r}{nearest(name, cards)}")
-    return budget
-
-
-def _read_folder(folder: Path) -> Iterator[tuple[str, Card]]:
-    for path in card_files(folder):
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise MembenchError(f"{path}: the card cannot be read: {error}") from None
-        card = Card.from_dict(data, where=str(path))
-        if card.name != path.stem:
-            raise MembenchError(f"{path}: field 'name' is {card.name!r}; name the file after it")
-        yield card.name, card

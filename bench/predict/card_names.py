@@ -1,13 +1,16 @@
-"""From a GPU's name as its driver gives it to the name of a card: ``<model>-<memory>gb``."""
+"""Cards by name, ``<model>-<memory>gb``: as a person writes it, and as a GPU's driver says it."""
 
 from __future__ import annotations
 
 import re
 
-from bench.predict.card import all_cards
+from bench.errors import MembenchError, nearest
+from bench.predict.budget_card import named_budget
+from bench.predict.card import Card
+from bench.predict.card_files import all_cards
 from bench.units import GIB
 
-__all__ = ["card_name_for_gpu"]
+__all__ = ["card_name_for_gpu", "find_card"]
 
 # Words of a driver's name that do not tell models apart: makers, brands, sockets, kinds of memory.
 _NO_MODEL = re.compile(
@@ -22,6 +25,20 @@ _MARKETED_GIB = (
 _LEAST_REPORTED = 0.875
 # Cards of one model differ in memory by more, drivers and ECC by less.
 _SAME_CARD = 0.1
+
+
+def find_card(name: str) -> Card:
+    """Return the card called ``name``, or raise MembenchError with the nearest names.
+
+    ``budget-20gb`` is a budget of 20 GiB, see ``budget_card``, unless a card is called so.
+    """
+    cards = all_cards()
+    if name in cards:
+        return cards[name]
+    budget = named_budget(name)
+    if budget is None:
+        raise MembenchError(f"no card is called {name!r}{nearest(name, cards)}")
+    return budget
 
 
 def card_name_for_gpu(model_name: str, memory_bytes: int) -> str:

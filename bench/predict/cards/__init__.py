@@ -6,12 +6,9 @@ from bench.predict.card import (
     ConvolutionKind,
     ConvolutionWorkspace,
     WorkspaceRule,
-    all_cards,
-    card_files,
-    find_card,
-    user_cards_folder,
 )
-from bench.predict.card_names import card_name_for_gpu
+from bench.predict.card_files import all_cards, card_files, user_cards_folder
+from bench.predict.card_names import card_name_for_gpu, find_card
 
 __all__ = [
     "Card",
