@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from bench import nvml
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.cuda import Cuda
 from bench.errors import MembenchError
 from bench.record import Parts
 from bench.units import format_bytes
-from bench.workload import Workload, build_workload
+from bench.workload import Workload
 from memsave.streams import streams_for
 
 __all__ = ["measure", "memory_fraction"]

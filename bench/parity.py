@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.errors import MembenchError
 from bench.metrics import require_metrics
@@ -27,7 +28,6 @@ from bench.suite.parity import Pair, ParityPlan
 from bench.suite.parity_schema import Parity
 from bench.training import DivergedError, Reading, train
 from bench.training_data import LabelledVolume, in_order, random_crops, whole
-from bench.workload import build_workload
 from memsave.networks import NetworkSpec, find_network
 
 __all__ = [

@@ -251,7 +251,7 @@ def make_record(
     backend: Backend, case: Case, readings: dict[str, Any], environment: Environment
 ) -> Record:
     """Return the record of a case that gave ``readings``, as a child answers them."""
-    from bench.workload import is_exact, technique_names
+    from bench.named_workload import is_exact, technique_names
 
     values = dict(readings)
     values["parts"] = Parts(**values.get("parts", {}))

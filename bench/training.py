@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.errors import MembenchError
-from bench.workload import Workload, build_workload
+from bench.workload import Workload
 
 __all__ = [
     "Batch",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from bench import nvml
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.cuda import Cuda
-from bench.workload import build_workload
 
 __all__ = ["read_context"]
 

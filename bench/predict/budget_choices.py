@@ -23,7 +23,7 @@ def case_budgets(case: Case, device_type: str) -> dict[str, Any]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from bench.workload import build_workload
+    from bench.build_workload import build_workload
     from memsave.checkpoint_budget import budget_choices
 
     def until_backward(phase: str) -> None:

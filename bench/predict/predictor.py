@@ -47,7 +47,7 @@ def trace_case(case: Case, device_type: str, watched: Container[str] = ()) -> tu
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from bench.workload import build_workload
+    from bench.build_workload import build_workload
 
     with FakeTensorMode():
         tracer = Tracer(device_type, watched)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.build_workload import build_workload
 from bench.case import Case, TechniqueUse
 from bench.errors import MembenchError
 from bench.recipes.movement import Floats, random_movement
@@ -31,7 +32,7 @@ from bench.recipes.progress import Progress, Tell, fits_the_device, overlap
 from bench.shapes import pad_to
 from bench.training import Batch, Reading, train
 from bench.training_data import LabelledVolume
-from bench.workload import Workload, build_workload
+from bench.workload import Workload
 from memsave.networks import find_network
 
 __all__ = [

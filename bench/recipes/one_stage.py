@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.errors import MembenchError, nearest
 from bench.infer.pipeline import MARGIN_PERCENT
@@ -26,7 +27,6 @@ from bench.schedules import find_schedule
 from bench.shapes import check_poolable
 from bench.training import Batch, train
 from bench.training_data import LabelledVolume, in_order, random_crops, whole
-from bench.workload import build_workload
 from memsave.networks import NetworkSpec, find_network
 
 __all__ = ["RECIPES", "OneStage", "Recipe", "find_recipe", "network_options", "train_one_stage"]

@@ -125,7 +125,7 @@ def _why_not(case: Case) -> str:
 
 
 def _pair_mistakes(place: Place, pair: Pair) -> Iterable[Mistake]:
-    from bench.workload import is_exact
+    from bench.named_workload import is_exact
 
     if pair.plain.name == pair.technique.name:
         yield Mistake(place, f"compares {pair.plain.name} with itself")

@@ -11,10 +11,11 @@ from torch import Tensor
 from bench import cuda as cuda_module
 from bench import measure as measure_module
 from bench import measure_worker
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.losses import cross_entropy_and_dice
 from bench.units import GIB
-from bench.workload import Mark, Workload, build_workload
+from bench.workload import Mark, Workload
 from tests.bench.fake_cuda import FakeCuda
 
 __all__ = ["main"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from bench.build_workload import build_workload
 from bench.case import Case, TechniqueUse
 from bench.cli import app
 from bench.errors import MembenchError
@@ -23,7 +24,6 @@ from bench.imported_workload import output_sum
 from bench.predict.predictor import trace_case
 from bench.predict.step_trace import Trace
 from bench.predict.tracer import TraceError
-from bench.workload import build_workload
 from tests.bench.suite_files import GOOD, load, refusal
 
 NETWORKS = "tests.bench.any_networks"

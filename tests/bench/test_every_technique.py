@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import memsave
-from bench.workload import build_workload
+from bench.build_workload import build_workload
 from memsave.errors import OptionError
 from memsave.techniques import TECHNIQUES
 from tests.bench.suite_files import load, refusal

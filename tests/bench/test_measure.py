@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from bench import measure as measure_module
 from bench import nvml
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.errors import MembenchError
 from bench.measure import measure, memory_fraction
 from bench.record import Parts, Peaks
 from bench.units import GIB, MIB
-from bench.workload import build_workload
 from memsave.streams import PlainStreams, use_streams
 from tests.bench.fake_cuda import UUID, FakeCuda
 

@@ -126,9 +126,9 @@ def test_an_in_place_norm_with_a_wrong_gradient_leaves_its_band(
     suite_file: Path, volume: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the norms' weights, which are a hundredth of all, learn the wrong way."""
-    from bench import workload
+    from bench import named_workload
 
-    build = workload._build_model
+    build = named_workload._build_model
 
     def broken(case: Any, techniques: list[tuple[Technique, Any]]) -> torch.nn.Module:
         model = build(case, techniques)
@@ -138,7 +138,7 @@ def test_an_in_place_norm_with_a_wrong_gradient_leaves_its_band(
                     multiply_gradient(parameter, -1)
         return model
 
-    monkeypatch.setattr(workload, "_build_model", broken)
+    monkeypatch.setattr(named_workload, "_build_model", broken)
     result = invoke(suite_file, volume, "--case", "fcn/inplace/*", "--steps", "20")
     assert result.exit_code == 1, result.output
     assert "LEFT ITS BAND" in result.stdout

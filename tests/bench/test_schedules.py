@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.errors import MembenchError, SuiteError
 from bench.schedules import SCHEDULES, check_schedule, find_schedule, make_schedule
-from bench.workload import build_workload
 from tests.bench.records import make_case
 from tests.bench.suite_files import GOOD, load
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.build_workload import build_workload
 from bench.case import TechniqueUse
 from bench.errors import MembenchError
-from bench.workload import build_workload
 from tests.bench.suite_files import load, refusal, with_row
 
 ROW = "line 6: matrix.networks[1].techniques"

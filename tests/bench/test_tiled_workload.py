@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import memsave
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.errors import MembenchError
 from bench.flops import Flops
 from bench.losses import LOSS_TARGETS, LOSSES
+from bench.named_workload import is_exact, technique_names
 from bench.predict.predictor import trace_case
-from bench.workload import build_workload, is_exact, technique_names
 from memsave.mixed_precision import MixedPrecision
 from memsave.tiled import TiledUNet
 from memsave.tiled.losses import SUMMED_LOSSES

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
+from bench.build_workload import build_workload
 from bench.case import Case, TechniqueUse
 from bench.errors import MembenchError
 from bench.training import Batch, DivergedError, Reading, train, train_case
-from bench.workload import Workload, build_workload
+from bench.workload import Workload
 
 SIDES = (8, 8, 8)
 

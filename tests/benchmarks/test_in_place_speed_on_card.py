@@ -14,8 +14,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from bench.build_workload import build_workload
 from bench.case import Case
-from bench.workload import build_workload
 from memsave import InPlaceABN
 from memsave.kernels.tiles import collapse, tile
 from tests.benchmarks.in_place_steps import forward_and_backward, pair

@@ -87,8 +87,8 @@ def train_recorded(case: dict[str, Any], path: str) -> int:
     """Run a case's steps with PyTorch recording; write its snapshot, return the reserved peak."""
     import torch
 
+    from bench.build_workload import build_workload
     from bench.case import Case
-    from bench.workload import build_workload
 
     definition = Case.from_definition(case)
     torch.cuda.memory._record_memory_history(max_entries=10**6)

@@ -17,8 +17,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.build_workload import build_workload
 from bench.case import Case, TechniqueUse
-from bench.workload import Workload, build_workload
+from bench.workload import Workload
 from memsave import compression, compression_formats
 from memsave.checkpoint import _Checkpointed
 from memsave.checkpoint_selective import _Selective

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.build_workload import build_workload
 from bench.case import Case
-from bench.workload import build_workload
 from memsave.errors import OptionError, UnknownNameError
 from memsave.mixed_precision import MixedPrecision, Precision
 from memsave.networks import FCN

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.build_workload import build_workload
 from bench.case import Case, TechniqueUse
 from bench.errors import MembenchError
 from bench.predict.tracer import Tracer
-from bench.workload import build_workload
 from memsave.checkpoint import checkpoint_block
 from memsave.errors import BackwardError, OptionError
 from memsave.mixed_precision import MixedPrecision

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
 
+from bench.build_workload import build_workload
 from bench.case import Case
 from bench.predict.tracer import Tracer
-from bench.workload import build_workload
 from tests.bench.predict.test_tracer_against_real_steps import CASES
 
 Step = Callable[[Tensor], Tensor]

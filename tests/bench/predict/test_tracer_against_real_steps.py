@@ -18,11 +18,11 @@ import torch
 from torch.autograd.profiler import profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.build_workload import build_workload
 from bench.case import Case, TechniqueUse
 from bench.predict.engine_adds import EngineAdds
 from bench.predict.predictor import trace_case
 from bench.predict.step_trace import Event
-from bench.workload import build_workload
 
 CHECKPOINT = (TechniqueUse(name="checkpoint"),)
 # What Python and torch keep on the CPU beside the tensors of a step, on every device: a number
