@@ -23,7 +23,7 @@ from memsave.in_place_guard import (
     result_to_overwrite,
 )
 from memsave.in_place_norm import check_input
-from memsave.in_place_norm_ops import in_place_norm_
+from memsave.in_place_norm_ops import overwrite_with_norm
 from memsave.in_place_sync_maths import gradient_, local_means, local_statistics
 
 __all__ = ["InPlaceABNSync"]
@@ -136,7 +136,8 @@ class _InPlaceABNSync(torch.autograd.Function):
         else:
             z = x
             ctx.mark_dirty(x)
-        rstd, _ = in_place_norm_(z, weight, bias, mean, var, None, True, 0.0, *settings)
+        how = (None, True, 0.0, *settings)
+        rstd = overwrite_with_norm(z, weight, bias, mean, var, how)
         ctx.save_for_backward(z, weight, bias, rstd)
         ctx.count, ctx.group, ctx.settings = count, group, settings
         return z

@@ -21,7 +21,11 @@ from memsave.in_place_guard import (
     refuse_second_pass,
     result_to_overwrite,
 )
-from memsave.in_place_norm_ops import in_place_norm_, in_place_norm_backward_
+from memsave.in_place_norm_ops import (
+    ForwardSettings,
+    overwrite_with_gradient,
+    overwrite_with_norm,
+)
 
 __all__ = ["check_activation", "check_input", "run_in_place_norm"]
 
@@ -44,8 +48,8 @@ def run_in_place_norm(
     Then a later use of ``x`` itself is an InputError: its reader would get z in its place.
     """
     return overwrite(
-        _InPlaceNorm, x, weight, bias, running_mean, running_var, groups, use_running, momentum,
-        (eps, activation, activation_param),
+        _InPlaceNorm, x, weight, bias, running_mean, running_var,
+        (groups, use_running, momentum, eps, activation, activation_param),
     )  # fmt: skip
 
 
@@ -59,10 +63,7 @@ class _InPlaceNorm(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        groups: int | None,
-        use_running: bool,
-        momentum: float,
-        settings: tuple[float, Activation, float],
+        settings: ForwardSettings,
         as_alias: bool,
     ) -> Tensor:
         if torch.compiler.is_compiling():
@@ -72,11 +73,10 @@ class _InPlaceNorm(torch.autograd.Function):
         else:
             z = x
             ctx.mark_dirty(x)
-        rstd, _ = in_place_norm_(
-            z, weight, bias, running_mean, running_var, groups, use_running, momentum, *settings
-        )
+        rstd = overwrite_with_norm(z, weight, bias, running_mean, running_var, settings)
         ctx.save_for_backward(z, weight, bias, rstd)
-        ctx.groups, ctx.use_running, ctx.settings = groups, use_running, settings
+        groups, use_running, _, *others = settings
+        ctx.settings = (groups, use_running, *others)
         return z
 
     @staticmethod
@@ -85,15 +85,13 @@ class _InPlaceNorm(torch.autograd.Function):
         z, weight, bias, rstd = ctx.saved_tensors
         with torch.no_grad():
             z = result_to_overwrite(ctx, z)
-            d_weight, d_bias, _ = in_place_norm_backward_(
-                z, dz, weight, bias, rstd, ctx.groups, ctx.use_running, *ctx.settings
-            )
+            d_weight, d_bias = overwrite_with_gradient(z, dz, weight, bias, rstd, ctx.settings)
             gradients = (
                 z,
                 None if weight is None else d_weight.to(weight.dtype),
                 None if bias is None else d_bias.to(bias.dtype),
             )
-        return differentiable_once((*gradients, *(None,) * 7))
+        return differentiable_once((*gradients, *(None,) * 4))
 
 
 def check_activation(norm: str, activation: str, param: float) -> None:
@@ -118,9 +116,10 @@ def check_input(norm: str, x: Tensor, **per_channel: Tensor | None) -> None:
                 f"{norm} has {tensor.numel()} channels ({name}), "
                 f"got an input with {x.shape[1]}: shape {tuple(x.shape)}"
             )
-    if any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True)):
+    strides = x.stride()
+    if 0 in strides and any(n > 1 and s == 0 for n, s in zip(x.shape, strides, strict=True)):
         raise InputError(
-            f"{norm} overwrites its input, which is expanded here (strides {x.stride()}): "
+            f"{norm} overwrites its input, which is expanded here (strides {strides}): "
             "give it a tensor of its own, such as x.clone()"
         )
     if x.is_leaf and x.requires_grad and torch.is_grad_enabled():

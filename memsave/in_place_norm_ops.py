@@ -4,7 +4,8 @@
 they run the kernels of ``memsave/kernels``; elsewhere, for float64, and for a tensor whose places
 do not lie at one distance from each other, the plain maths. The kernels' buffers are results, of
 sizes that follow from shapes alone, so that a step on fake tensors allocates what a real one does;
-what the plain maths needs inside stays unseen.
+what the plain maths needs inside stays unseen. Layers call them through ``overwrite_with_norm`` and
+``overwrite_with_gradient``, which leave the dispatcher out where nobody watches.
 """
 
 from __future__ import annotations
@@ -23,14 +24,53 @@ from memsave.in_place_abn_maths import (
     scale_and_shift,
 )
 from memsave.in_place_backward_maths import backward_
+from memsave.in_place_direct import call
 from memsave.in_place_group_maths import backward_groups_, normalise_groups_
-from memsave.kernels.tiles import Tiling, collapse, kernels_run, kernels_serve, tile
+from memsave.kernels.tiles import Layout, has_triton, lay_out
 
-__all__ = ["in_place_norm_", "in_place_norm_backward_"]
+__all__ = [
+    "in_place_norm_",
+    "in_place_norm_backward_",
+    "overwrite_with_gradient",
+    "overwrite_with_norm",
+]
+
+ForwardSettings = tuple[int | None, bool, float, float, str, float]
+"""groups, use_running, momentum, eps, activation and its parameter."""
+BackwardSettings = tuple[int | None, bool, float, str, float]
+"""groups, use_running, eps, activation and its parameter."""
 
 
-@custom_op("memsave::in_place_norm", mutates_args=("x", "running_mean", "running_var"))
-def in_place_norm_(
+def overwrite_with_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    settings: ForwardSettings,
+) -> Tensor:
+    """Do what ``in_place_norm_`` does, with as little work for the host as may be; return 1/std."""
+    tensors = (x, weight, bias, running_mean, running_var)
+    written = (x, running_mean, running_var)
+    rstd: Tensor = call(in_place_norm_, _norm_, tensors, settings, written)[0]
+    return rstd
+
+
+def overwrite_with_gradient(
+    z: Tensor,
+    dz: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    settings: BackwardSettings,
+) -> tuple[Tensor, Tensor]:
+    """Do what ``in_place_norm_backward_`` does likewise; return weight's and bias's gradients."""
+    tensors = (z, dz, weight, bias, rstd)
+    d_weight, d_bias, _ = call(in_place_norm_backward_, _norm_backward_, tensors, settings, (z,))
+    return d_weight, d_bias
+
+
+def _norm_(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -48,12 +88,13 @@ def in_place_norm_(
     ``groups`` of channels of a sample share statistics; None: a channel of the batch, whose
     running statistics, if given, are updated, or used instead where ``use_running``.
     """
-    rstd, buffer = _forward_results(x, groups, use_running)
+    layout = _layout(groups, x)
+    rstd, buffer = _forward_results(x, groups, use_running, layout)
     if x.numel() == 0:
         return rstd.zero_(), buffer
-    if kernels_run(x):
+    if layout is not None and has_triton():
         _run_forward_kernels(
-            x, weight, bias, running_mean, running_var, groups, use_running,
+            layout, x, weight, bias, running_mean, running_var, use_running,
             momentum, eps, activation, param, rstd, buffer,
         )  # fmt: skip
         return rstd, buffer
@@ -72,6 +113,11 @@ def in_place_norm_(
     return rstd, buffer
 
 
+in_place_norm_ = custom_op(
+    "memsave::in_place_norm", _norm_, mutates_args=("x", "running_mean", "running_var")
+)
+
+
 @in_place_norm_.register_fake
 def _(
     x: Tensor,
@@ -86,11 +132,10 @@ def _(
     activation: str,  # noqa: ARG001
     param: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    return _forward_results(x, groups, use_running)
+    return _forward_results(x, groups, use_running, _layout(groups, x))
 
 
-@custom_op("memsave::in_place_norm_backward", mutates_args=("z",))
-def in_place_norm_backward_(
+def _norm_backward_(
     z: Tensor,
     dz: Tensor,
     weight: Tensor | None,
@@ -106,12 +151,13 @@ def in_place_norm_backward_(
 
     Both are of the statistics' type. ``dz`` is only read.
     """
-    d_weight, d_bias, buffer = _backward_results(z, dz, groups)
+    layout = _layout(groups, z, dz)
+    d_weight, d_bias, buffer = _backward_results(z, layout)
     if z.numel() == 0:
         return d_weight.zero_(), d_bias.zero_(), buffer
-    if kernels_run(z) and kernels_serve(dz):
+    if layout is not None and has_triton():
         _run_backward_kernels(
-            z, dz, weight, bias, rstd, groups, use_running, eps, activation, param,
+            layout, z, dz, weight, bias, rstd, use_running, eps, activation, param,
             d_weight, d_bias, buffer,
         )  # fmt: skip
         return d_weight, d_bias, buffer
@@ -124,6 +170,11 @@ def in_place_norm_backward_(
     # Copies: an operator's results may not share a storage.
     d_weight.copy_(sums[0] if weight is None else torch.where(weight < 0, -sums[0], sums[0]))
     return d_weight, d_bias.copy_(sums[1]), buffer
+
+
+in_place_norm_backward_ = custom_op(
+    "memsave::in_place_norm_backward", _norm_backward_, mutates_args=("z",)
+)
 
 
 @in_place_norm_backward_.register_fake
@@ -139,42 +190,43 @@ def _(
     activation: str,  # noqa: ARG001
     param: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_results(z, dz, groups)
+    return _backward_results(z, _layout(groups, z, dz))
 
 
-def _forward_results(x: Tensor, groups: int | None, use_running: bool) -> tuple[Tensor, Tensor]:
+def _forward_results(
+    x: Tensor, groups: int | None, use_running: bool, layout: Layout | None
+) -> tuple[Tensor, Tensor]:
     """Return 1/std and the buffer of partial sums and means, both unwritten."""
     statistics = x.shape[1] if groups is None else x.shape[0] * groups
-    numbers = 0
-    if not use_running and _for_kernels(x):
-        numbers = tile(x.shape, groups, _strides(x)).partials + statistics
+    numbers = 0 if use_running or layout is None else layout.cut.partials + statistics
     dtype = compute_dtype(x)
     return x.new_empty((statistics,), dtype=dtype), x.new_empty((numbers,), dtype=dtype)
 
 
-def _backward_results(z: Tensor, dz: Tensor, groups: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_results(z: Tensor, layout: Layout | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the parameters' gradients and the buffer of partial sums and means, unwritten."""
-    dtype, numbers = compute_dtype(z), 0
-    if _for_kernels(z) and kernels_serve(dz):
-        cut = tile(z.shape, groups, _strides(z), _strides(dz))
-        numbers = cut.partials + 2 * cut.statistics
-    channels = z.shape[1]
+    dtype, channels = compute_dtype(z), z.shape[1]
+    numbers = 0 if layout is None else layout.cut.partials + 2 * layout.cut.statistics
     d_weight, d_bias = z.new_empty((channels,), dtype=dtype), z.new_empty((channels,), dtype=dtype)
     return d_weight, d_bias, z.new_empty((numbers,), dtype=dtype)
 
 
+def _layout(groups: int | None, x: Tensor, dz: Tensor | None = None) -> Layout | None:
+    return lay_out(groups, x, dz) if _for_kernels(x) else None
+
+
 def _for_kernels(x: Tensor) -> bool:
     # Whether Triton is there is left out: what is traced here may run on another machine.
-    return x.device.type == "cuda" and kernels_serve(x) and x.numel() > 0
+    return x.device.type == "cuda" and x.numel() > 0
 
 
 def _run_forward_kernels(
+    layout: Layout,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    groups: int | None,
     use_running: bool,
     momentum: float,
     eps: float,
@@ -186,26 +238,26 @@ def _run_forward_kernels(
     from memsave.kernels.norm_forward import normalise_ as normalise_kernel_
     from memsave.kernels.norm_forward import statistics
 
-    cut, strides = tile(x.shape, groups, _strides(x)), _strides(x)
+    cut, strides, _ = layout
     if use_running:
         assert running_mean is not None
         assert running_var is not None
         mean = running_mean
         torch.rsqrt(rstd.copy_(running_var).add_(eps), out=rstd)
     else:
-        partials, mean = torch.split(buffer, [cut.partials, cut.statistics])
+        mean = _rest(buffer, cut.partials)
         running = (running_mean, running_var)
-        statistics(x, strides, cut, partials, mean, rstd, eps, momentum, *running)
+        statistics(x, strides, cut, buffer, mean, rstd, eps, momentum, *running)
     normalise_kernel_(x, strides, cut, mean, rstd, weight, bias, eps, activation, param)
 
 
 def _run_backward_kernels(
+    layout: Layout,
     z: Tensor,
     dz: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     rstd: Tensor,
-    groups: int | None,
     use_running: bool,
     eps: float,
     activation: str,
@@ -216,15 +268,12 @@ def _run_backward_kernels(
 ) -> None:
     from memsave.kernels.norm_backward import gradient_, sums
 
-    at, dz_at = _strides(z), _strides(dz)
-    cut: Tiling = tile(z.shape, groups, at, dz_at)
-    partials, means = torch.split(buffer, [cut.partials, 2 * cut.statistics])
+    cut, at, dz_at = layout
+    means = _rest(buffer, cut.partials)
     rest = (weight, bias, eps, activation, param)
-    sums(z, at, dz, dz_at, cut, partials, d_weight, d_bias, means, *rest)
+    sums(z, at, dz, dz_at, cut, buffer, d_weight, d_bias, means, *rest)
     gradient_(z, at, dz, dz_at, cut, rstd, None if use_running else means, *rest)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    strides = collapse(x)
-    assert strides is not None
-    return strides
+def _rest(buffer: Tensor, first: int) -> Tensor:
+    return buffer.as_strided((buffer.shape[0] - first,), (1,), first)

@@ -20,7 +20,7 @@ from memsave.in_place_abn_maths import (
     steps,
 )
 from memsave.in_place_backward_maths import part_gradient_, part_sums, slab_gradient_, slab_sums
-from memsave.kernels.tiles import Tiling, collapse, kernels_run, kernels_serve, tile
+from memsave.kernels.tiles import Layout, kernels_run, lay_out
 
 __all__ = ["gradient_", "local_means", "local_statistics"]
 
@@ -34,12 +34,12 @@ def local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, var = (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
     if x.numel() == 0:
         return mean, var
-    if kernels_run(x):
+    if (layout := _kernels(x)) is not None:
         from memsave.kernels.norm_forward import statistics
 
-        strides, cut = _cut(x, x)
+        cut, strides, _ = layout
         partials = mean.new_empty(cut.partials)
-        statistics(x, strides[0], cut, partials, mean, var, as_variance=True)
+        statistics(x, strides, cut, partials, mean, var, as_variance=True)
         return mean, var
     parts = [
         torch.ops.aten.batch_norm_update_stats(part.to(dtype), None, None, 0.0)
@@ -56,10 +56,10 @@ def local_means(
     scale, shift = scale_and_shift(z, weight, bias, eps)
     if z.numel() == 0:
         return torch.zeros_like(scale), torch.zeros_like(scale), scale.new_zeros(2, len(scale))
-    if _kernels_run_both(z, dz):
+    if (layout := _kernels(z, dz)) is not None:
         from memsave.kernels.norm_backward import sums
 
-        (at, dz_at), cut = _cut(z, dz)
+        cut, at, dz_at = layout
         d_weight, d_bias = torch.empty_like(scale), torch.empty_like(scale)
         means = scale.new_empty(2, len(scale))
         partials = scale.new_empty(cut.partials)
@@ -89,10 +89,10 @@ def gradient_(
     eps, activation, param = settings
     if z.numel() == 0:
         return
-    if _kernels_run_both(z, dz):
+    if (layout := _kernels(z, dz)) is not None:
         from memsave.kernels.norm_backward import gradient_ as gradient_kernel_
 
-        (at, dz_at), cut = _cut(z, dz)
+        cut, at, dz_at = layout
         gradient_kernel_(z, at, dz, dz_at, cut, rstd, means, weight, bias, *settings)
         return
     scale, shift = scale_and_shift(z, weight, bias, eps)
@@ -121,14 +121,6 @@ def _sums(
     return torch.cat(parts, 1)
 
 
-def _cut(
-    x: Tensor, other: Tensor
-) -> tuple[tuple[tuple[int, int, int], tuple[int, int, int]], Tiling]:
-    at, other_at = collapse(x), collapse(other)
-    assert at is not None
-    assert other_at is not None
-    return (at, other_at), tile(x.shape, None, at, other_at)
-
-
-def _kernels_run_both(z: Tensor, dz: Tensor) -> bool:
-    return kernels_run(z) and kernels_serve(dz)
+def _kernels(x: Tensor, dz: Tensor | None = None) -> Layout | None:
+    """Return how the kernels see the tensors, or None if they do not run or cannot take them."""
+    return lay_out(None, x, dz) if kernels_run(x) else None

@@ -9,14 +9,13 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from memsave.kernels.launch import Kernel
 from memsave.kernels.pieces import (
     WARPS,
     activation_gradient,
     dense,
     invert,
-    jit,
     on_device_of,
-    sizes,
     tile_mask,
     tile_offsets,
 )
@@ -25,23 +24,27 @@ from memsave.kernels.tiles import Tiling
 __all__ = ["gradient_", "sums"]
 
 _PARTIALS_AT_ONCE = 1024
+_WARPS_TO_COMBINE = 4
+# Three programs on a multiprocessor. Left alone, the compiler spills there for as many (float32,
+# channels first), or leaves room for two (ELU). Hopper gets 64 registers and four programs, alone.
+_REGISTERS_FOR_SUMS = 80
 
 
-@jit
+@Kernel
 def _partial_sums(  # type: ignore[no-untyped-def]
     z,
     dz,
     partials,  # (2, rows, splits): sums of dy, and of dy * xhat
     weight,
     bias,
+    eps,
+    param,
     stride_n,
     stride_c,
     stride_s,
     dz_stride_n,
     dz_stride_c,
     dz_stride_s,
-    eps,
-    param,
     channels,
     places,
     channel_blocks,
@@ -89,7 +92,7 @@ def _partial_sums(  # type: ignore[no-untyped-def]
     tl.store(where + all_partials, total, mask=there)
 
 
-@jit
+@Kernel
 def _combine_sums(  # type: ignore[no-untyped-def]
     partials,
     d_weight,
@@ -140,7 +143,7 @@ def _combine_sums(  # type: ignore[no-untyped-def]
         tl.store(means + statistics + statistic, sum_dy_xhat / values)
 
 
-@jit
+@Kernel
 def _gradient(  # type: ignore[no-untyped-def]
     z,
     dz,
@@ -148,14 +151,14 @@ def _gradient(  # type: ignore[no-untyped-def]
     means,
     weight,
     bias,
+    eps,
+    param,
     stride_n,
     stride_c,
     stride_s,
     dz_stride_n,
     dz_stride_c,
     dz_stride_s,
-    eps,
-    param,
     channels,
     places,
     channel_blocks,
@@ -217,43 +220,31 @@ def sums(
     Shapes: ``partials`` (cut.partials,), ``d_weight`` and ``d_bias`` (C,), ``means``
         (2, cut.statistics): of scale * dy, and of scale * dy * xhat; all float32.
     """
-    programs = cut.splits * cut.channel_blocks * (cut.rows // cut.channels)
-    weight, bias = dense(weight, bias)
+    blocks = (cut.channel_block, cut.place_block)
+    weight, bias = dense(weight), dense(bias)
     with on_device_of(z):
-        _partial_sums[(programs,)](
-            z,
-            dz,
-            partials,
-            weight,
-            bias,
-            *strides,
-            *dz_strides,
-            eps,
-            param,
-            **sizes(cut),
-            tiles_in_a_row=cut.tiles_in_a_row,
-            tiles_per_split=cut.tiles_per_split,
-            splits=cut.splits,
-            all_partials=cut.rows * cut.splits,
-            ACTIVATION=activation,
-            num_warps=WARPS,
+        _partial_sums.launch(
+            cut.programs_of_partials,
+            WARPS,
+            (z, dz, partials, weight, bias),
+            (eps, param),
+            (*strides, *dz_strides, *cut.sizes, *cut.deal, activation, *blocks),
+            registers=_REGISTERS_FOR_SUMS,
         )
-        _combine_sums[(cut.channels + cut.statistics,)](
-            partials,
-            d_weight,
-            d_bias,
-            means,
-            weight,
-            eps,
-            float(cut.values_in_a_statistic),
-            cut.channels,
-            cut.rows * cut.splits,
-            cut.rows // cut.channels,
-            cut.rows_in_a_statistic,
-            cut.statistics,
-            cut.splits,
-            BLOCK=_PARTIALS_AT_ONCE,
-            num_warps=4,
+        _combine_sums.launch(
+            cut.channels + cut.statistics,
+            _WARPS_TO_COMBINE,
+            (partials, d_weight, d_bias, means, weight),
+            (eps, cut.values_in_a_statistic),
+            (
+                cut.channels,
+                cut.rows * cut.splits,
+                cut.rows // cut.channels,
+                cut.rows_in_a_statistic,
+                cut.statistics,
+                cut.splits,
+                _PARTIALS_AT_ONCE,
+            ),
         )
 
 
@@ -272,24 +263,22 @@ def gradient_(
     param: float,
 ) -> None:
     """Overwrite ``z`` with the gradient of x; without ``means`` the statistics were given."""
-    programs = cut.samples * cut.channel_blocks * cut.tiles_per_sample
-    weight, bias = dense(weight, bias)
+    weight, bias = dense(weight), dense(bias)
     with on_device_of(z):
-        _gradient[(programs,)](
-            z,
-            dz,
-            rstd,
-            means,
-            weight,
-            bias,
-            *strides,
-            *dz_strides,
-            eps,
-            param,
-            **sizes(cut),
-            rows_in_a_statistic=cut.rows_in_a_statistic,
-            channels_in_rows=0 if cut.groups is None else cut.channels,
-            statistics=cut.statistics,
-            ACTIVATION=activation,
-            num_warps=WARPS,
+        _gradient.launch(
+            cut.programs_of_tiles,
+            WARPS,
+            (z, dz, rstd, means, weight, bias),
+            (eps, param),
+            (
+                *strides,
+                *dz_strides,
+                *cut.sizes,
+                cut.rows_in_a_statistic,
+                cut.channels_in_rows,
+                cut.statistics,
+                activation,
+                cut.channel_block,
+                cut.place_block,
+            ),
         )

@@ -8,13 +8,12 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from memsave.kernels.launch import Kernel
 from memsave.kernels.pieces import (
     WARPS,
     activate,
     dense,
-    jit,
     on_device_of,
-    sizes,
     tile_mask,
     tile_offsets,
     values_in_split,
@@ -24,9 +23,10 @@ from memsave.kernels.tiles import Tiling
 __all__ = ["normalise_", "statistics"]
 
 _PARTIALS_AT_ONCE = 1024
+_WARPS_TO_COMBINE = 4
 
 
-@jit
+@Kernel
 def _partial_statistics(  # type: ignore[no-untyped-def]
     x,
     partials,  # (2, rows, splits): means, sums of squared deviations from them
@@ -85,7 +85,7 @@ def _partial_statistics(  # type: ignore[no-untyped-def]
     tl.store(where + all_partials, spread, mask=channel < channels)
 
 
-@jit
+@Kernel
 def _combine_statistics(  # type: ignore[no-untyped-def]
     partials,
     mean,
@@ -148,18 +148,18 @@ def _combine_statistics(  # type: ignore[no-untyped-def]
         tl.store(running_var + statistic, new.to(running_var.dtype.element_ty))
 
 
-@jit
+@Kernel
 def _normalise(  # type: ignore[no-untyped-def]
     x,
     mean,
     rstd,
     weight,
     bias,
+    eps,
+    param,
     stride_n,
     stride_c,
     stride_s,
-    eps,
-    param,
     channels,
     places,
     channel_blocks,
@@ -211,35 +211,30 @@ def statistics(
     Shapes: ``x`` with collapsed ``strides``, cut as ``cut``; ``partials`` (cut.partials,),
         ``mean`` and ``spread`` (cut.statistics,), float32; running ones (C,), any type.
     """
-    deal = {
-        "tiles_in_a_row": cut.tiles_in_a_row,
-        "tiles_per_split": cut.tiles_per_split,
-        "splits": cut.splits,
-        "all_partials": cut.rows * cut.splits,
-        "missing": cut.tiles_per_sample * cut.place_block - cut.places,
-    }
-    programs = cut.splits * cut.channel_blocks * (cut.rows // cut.channels)
-    written_mean, written_var = dense(running_mean, running_var)
+    blocks = (cut.channel_block, cut.place_block)
+    written_mean, written_var = dense(running_mean), dense(running_var)
     with on_device_of(x):
-        _partial_statistics[(programs,)](
-            x, partials, *strides, **sizes(cut), **deal, num_warps=WARPS
+        _partial_statistics.launch(
+            cut.programs_of_partials,
+            WARPS,
+            (x, partials),
+            (),
+            (*strides, *cut.sizes, *cut.deal, cut.missing, *blocks),
         )
-        _combine_statistics[(cut.statistics,)](
-            partials,
-            mean,
-            spread,
-            written_mean,
-            written_var,
-            momentum,
-            eps,
-            float(cut.values_in_a_statistic),
-            cut.rows_in_a_statistic * cut.splits,
-            **deal,
-            tiles_per_sample=cut.tiles_per_sample,
-            PLACE_BLOCK=cut.place_block,
-            BLOCK=_PARTIALS_AT_ONCE,
-            AS_VARIANCE=as_variance,
-            num_warps=4,
+        _combine_statistics.launch(
+            cut.statistics,
+            _WARPS_TO_COMBINE,
+            (partials, mean, spread, written_mean, written_var),
+            (momentum, eps, cut.values_in_a_statistic),
+            (
+                cut.rows_in_a_statistic * cut.splits,
+                *cut.deal,
+                cut.missing,
+                cut.tiles_per_sample,
+                cut.place_block,
+                _PARTIALS_AT_ONCE,
+                as_variance,
+            ),
         )
     for kept, written in ((running_mean, written_mean), (running_var, written_var)):
         if kept is not None and written is not None and written is not kept:
@@ -259,21 +254,20 @@ def normalise_(
     param: float,
 ) -> None:
     """Overwrite ``x`` with ``act((|weight| + eps) * (x - mean) * rstd + bias)``."""
-    programs = cut.samples * cut.channel_blocks * cut.tiles_per_sample
-    mean, weight, bias = mean.contiguous(), *dense(weight, bias)
+    weight, bias = dense(weight), dense(bias)
     with on_device_of(x):
-        _normalise[(programs,)](
-            x,
-            mean,
-            rstd,
-            weight,
-            bias,
-            *strides,
-            eps,
-            param,
-            **sizes(cut),
-            rows_in_a_statistic=cut.rows_in_a_statistic,
-            channels_in_rows=0 if cut.groups is None else cut.channels,
-            ACTIVATION=activation,
-            num_warps=WARPS,
+        _normalise.launch(
+            cut.programs_of_tiles,
+            WARPS,
+            (x, mean.contiguous(), rstd, weight, bias),
+            (eps, param),
+            (
+                *strides,
+                *cut.sizes,
+                cut.rows_in_a_statistic,
+                cut.channels_in_rows,
+                activation,
+                cut.channel_block,
+                cut.place_block,
+            ),
         )

@@ -6,7 +6,7 @@ may pass 2^31 elements. Of what is compared with a string, the compiler sees one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from memsave.kernels.tiles import Tiling
 
 __all__ = [
     "WARPS",
@@ -25,13 +23,14 @@ __all__ = [
     "invert",
     "jit",
     "on_device_of",
-    "sizes",
     "tile_mask",
     "tile_offsets",
     "values_in_split",
 ]
 
 WARPS = 8  # 256 threads for the 4,096 elements of a tile
+
+_NOTHING_TO_CHANGE = nullcontext()
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit  # triton ships no types
 
@@ -112,23 +111,13 @@ def activation_gradient(dz, z, param, ACTIVATION: tl.constexpr):  # type: ignore
     return dz
 
 
-def sizes(cut: Tiling) -> dict[str, int]:
-    """Return the arguments that every kernel over tiles takes, by name."""
-    return {
-        "channels": cut.channels,
-        "places": cut.places,
-        "channel_blocks": cut.channel_blocks,
-        "tiles_per_sample": cut.tiles_per_sample,
-        "CHANNEL_BLOCK": cut.channel_block,
-        "PLACE_BLOCK": cut.place_block,
-    }
-
-
-def dense(*per_channel: Tensor | None) -> Iterator[Tensor | None]:
-    """Give each tensor with its values side by side, as kernels read them: itself, or a copy."""
-    return (t if t is None else t.contiguous() for t in per_channel)
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """Return ``tensor`` with its values side by side, as kernels read them: itself, or a copy."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Return the scope in which a kernel is launched for ``x``: Triton asks for current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOTHING_TO_CHANGE
+    return torch.cuda.device(x.device)

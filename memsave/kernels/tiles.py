@@ -15,11 +15,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tiling", "collapse", "kernels_run", "kernels_serve", "tile"]
+__all__ = [
+    "Layout",
+    "Strides",
+    "Tiling",
+    "collapse",
+    "has_triton",
+    "kernels_run",
+    "kernels_serve",
+    "lay_out",
+    "tile",
+]
 
 # 256 threads of 16 elements: 16 bytes a load keep about 16 KiB a program in flight, which four to
 # eight programs on a multiprocessor turn into more than the latency of HBM asks for.
@@ -30,6 +41,9 @@ PROGRAMS = 2112
 CHANNELS_IN_A_ROW = 64
 
 _SERVED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+Strides = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +112,42 @@ class Tiling:
         """Numbers that a reduction needs for its partial sums: two a row and program."""
         return 2 * self.rows * self.splits
 
+    @cached_property
+    def programs_of_partials(self) -> int:
+        """Programs of a kernel that leaves partial sums."""
+        return self.splits * self.channel_blocks * (self.rows // max(1, self.channels))
 
-def tile(shape: Sequence[int], groups: int | None, *strides: tuple[int, int, int]) -> Tiling:
+    @cached_property
+    def programs_of_tiles(self) -> int:
+        """Programs of a kernel that takes one tile each."""
+        return self.samples * self.channel_blocks * self.tiles_per_sample
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What every kernel over tiles is told: channels, places, and how many tiles of both."""
+        return self.channels, self.places, self.channel_blocks, self.tiles_per_sample
+
+    @cached_property
+    def deal(self) -> tuple[int, int, int, int]:
+        """What kernels of partial sums are told: how tiles are dealt out; partials of a kind."""
+        return self.tiles_in_a_row, self.tiles_per_split, self.splits, self.rows * self.splits
+
+    @cached_property
+    def missing(self) -> int:
+        """Places that a sample's last tile lacks."""
+        return self.tiles_per_sample * self.place_block - self.places
+
+    @cached_property
+    def channels_in_rows(self) -> int:
+        """How many rows further the next sample's begin: 0 where rows are the batch's."""
+        return 0 if self.groups is None else self.channels
+
+
+def tile(shape: Sequence[int], groups: int | None, *strides: Strides) -> Tiling:
     """Cut tensors of ``shape`` (N, C, *), whose collapsed strides are ``strides``, alike.
 
     The first one's strides decide on the form of a tile.
     """
-    # A step cuts the same shapes again and again. A compiler's symbolic sizes are not remembered.
-    cut = _remembered if all(type(n) is int for n in shape) else _tile
-    return cut(tuple(shape), groups, strides)
-
-
-def _tile(
-    shape: tuple[int, ...], groups: int | None, strides: tuple[tuple[int, int, int], ...]
-) -> Tiling:
     samples, channels, places = shape[0], shape[1], math.prod(shape[2:])
     if groups is None and all(n == places * s for n, _, s in strides):
         samples, places = 1, samples * places  # the batch is one run of places
@@ -130,19 +166,60 @@ def _tile(
     )
 
 
-_remembered = lru_cache(maxsize=1024)(_tile)
-
-
-def collapse(x: Tensor) -> tuple[int, int, int] | None:
+def collapse(x: Tensor) -> Strides | None:
     """Return the strides of ``x`` (N, C, *) seen as (N, C, S), or None if no such view exists.
 
     It does for contiguous and channels-last tensors, for slices of them along samples and
     channels, and for expanded ones.
     """
-    sides = [(n, s) for n, s in zip(x.shape[2:], x.stride()[2:], strict=True) if n != 1]
+    return _collapse(x.shape, x.stride())
+
+
+def _collapse(shape: Sequence[int], strides: Sequence[int]) -> Strides | None:
+    sides = [(n, s) for n, s in zip(shape[2:], strides[2:], strict=True) if n != 1]
     if any(a != b * n for (_, a), (n, b) in pairwise(sides)):
         return None
-    return x.stride(0), x.stride(1), sides[-1][1] if sides else x.stride(0)
+    return strides[0], strides[1], sides[-1][1] if sides else strides[0]
+
+
+class Layout(NamedTuple):
+    """How the kernels see a tensor, and its gradient if there is one: both cut alike."""
+
+    cut: Tiling
+    strides: Strides
+    dz_strides: Strides
+
+
+def lay_out(groups: int | None, x: Tensor, dz: Tensor | None = None) -> Layout | None:
+    """Return how the kernels see ``x``, and ``dz`` if given; None if they cannot take one of them.
+
+    Without ``dz``, its strides are x's.
+    """
+    dz = x if dz is None else dz
+    key = (x.shape, groups, x.dtype, x.stride(), dz.dtype, dz.stride(), dz is x)
+    # A step lays out the same tensors again and again.
+    try:
+        return _remembered_layout(*key)
+    except TypeError:  # a compiler's symbolic sizes have no hash
+        return _lay_out(*key)
+
+
+def _lay_out(
+    shape: torch.Size,
+    groups: int | None,
+    dtype: torch.dtype,
+    strides: Sequence[int],
+    dz_dtype: torch.dtype,
+    dz_strides: Sequence[int],
+    alone: bool,
+) -> Layout | None:
+    at, dz_at = _collapse(shape, strides), _collapse(shape, dz_strides)
+    if at is None or dz_at is None or dtype not in _SERVED or dz_dtype not in _SERVED:
+        return None
+    return Layout(tile(shape, groups, at, *([] if alone else [dz_at])), at, dz_at)
+
+
+_remembered_layout = lru_cache(maxsize=1024)(_lay_out)
 
 
 def kernels_serve(x: Tensor) -> bool:
@@ -155,10 +232,10 @@ def kernels_serve(x: Tensor) -> bool:
 
 def kernels_run(x: Tensor) -> bool:
     """Whether ``x`` is on a device that the kernels run on, and they can take it."""
-    return x.device.type == "cuda" and kernels_serve(x) and _has_triton()
+    return x.device.type == "cuda" and kernels_serve(x) and has_triton()
 
 
-def _blocks(channels: int, places: int, strides: tuple[int, int, int]) -> tuple[int, int]:
+def _blocks(channels: int, places: int, strides: Strides) -> tuple[int, int]:
     """Return the channels and places of a tile, powers of two."""
     if strides[1] == 1 and strides[2] != 1 and channels > 1:  # channels lie side by side
         channel_block = min(_power_of_two(channels), CHANNELS_IN_A_ROW)
@@ -172,5 +249,6 @@ def _power_of_two(number: int) -> int:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None

@@ -51,6 +51,8 @@ CASES = {
         shape=(2, 5, 3, 7, 11), running=float32, aligned=False
     ),
     "float32 with round sizes": Case(shape=(2, 32, 16, 64, 64), groups=8, activation="elu"),
+    "float32 with long rows": Case(shape=(1, 64, 96, 96, 96), running=float32),
+    "float32 with long rows, ELU": Case(shape=(1, 64, 96, 96, 96), activation="elu"),
     "float32 channels last": Case(shape=(2, 66, 3, 7, 11), channels_last=True, aligned=False),
     "float32 through 64-bit strides": Case(shape=(3, 32, 1024, 1024, 65), groups=4),
     "float32 through 64-bit sizes": Case(shape=(5, 1, 1024, 1024, 1023), running=float32),
@@ -125,12 +127,13 @@ def _spilled_bytes(ptx: str, capability: int) -> int:
     """Return what a thread keeps in local memory for want of registers, as ptxas tells it."""
     from triton import knobs
 
-    suffix = "a" if capability >= 90 else ""  # as Triton compiles it
+    suffix = "a" if capability >= 90 else ""  # as Triton compiles it, and with the same ptxas
+    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         told = subprocess.run(
-            [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o",
+            [tool.path, "-v", f"--gpu-name=sm_{capability}{suffix}", source, "-o",
              f"{folder}/kernel.cubin"],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
@@ -186,14 +189,17 @@ def _launch(case: Case) -> None:
     parameters = case.parameters if case.affine else None
     weight, bias = _per_channel(case, parameters), _per_channel(case, parameters)
     running = _per_channel(case, case.running), _per_channel(case, case.running)
-    how = (case.groups, case.use_running)
-    rstd, buffer = ops._forward_results(x, *how)
+    layout, both = ops._layout(case.groups, x), ops._layout(case.groups, x, dz)
+    assert layout is not None
+    assert both is not None
+    rstd, buffer = ops._forward_results(x, case.groups, case.use_running, layout)
     ops._run_forward_kernels(
-        x, weight, bias, *running, *how, 0.1, 1e-5, case.activation, 0.01, rstd, buffer
-    )
-    results = ops._backward_results(x, dz, case.groups)
+        layout, x, weight, bias, *running, case.use_running, 0.1, 1e-5, case.activation, 0.01,
+        rstd, buffer,
+    )  # fmt: skip
+    results = ops._backward_results(x, both)
     ops._run_backward_kernels(
-        x, dz, weight, bias, rstd, *how, 1e-5, case.activation, 0.01, *results
+        both, x, dz, weight, bias, rstd, case.use_running, 1e-5, case.activation, 0.01, *results
     )
 
 

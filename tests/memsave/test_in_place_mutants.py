@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memsave import in_place_abn_maths, in_place_backward_maths, in_place_norm
 from memsave.in_place_abn import InPlaceABN
 from memsave.in_place_group_norm import InPlaceGroupNorm, InPlaceInstanceNorm
-from memsave.in_place_norm_ops import in_place_norm_, in_place_norm_backward_
+from memsave.in_place_norm_ops import overwrite_with_gradient, overwrite_with_norm
 from tests.memsave.kept_bytes import LiveBytes, saved_bytes
 from tests.memsave.norm_formulas import plain_norm
 
@@ -91,27 +91,27 @@ def _sign_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight's gradient as if the scale were the weight and not its absolute value."""
 
     def broken(z: Tensor, dz: Tensor, weight: Tensor | None, *rest: Any) -> Any:
-        d_weight, d_bias, buffer = in_place_norm_backward_(z, dz, weight, *rest)
-        return d_weight if weight is None else d_weight * weight.sign(), d_bias, buffer
+        d_weight, d_bias = overwrite_with_gradient(z, dz, weight, *rest)
+        return d_weight if weight is None else d_weight * weight.sign(), d_bias
 
-    monkeypatch.setattr(in_place_norm, "in_place_norm_backward_", broken)
+    monkeypatch.setattr(in_place_norm, "overwrite_with_gradient", broken)
 
 
 def _written_over_dz(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(z: Tensor, dz: Tensor, *rest: Any) -> Any:
-        results = in_place_norm_backward_(z, dz, *rest)
+        results = overwrite_with_gradient(z, dz, *rest)
         dz.copy_(z)
         return results
 
-    monkeypatch.setattr(in_place_norm, "in_place_norm_backward_", broken)
+    monkeypatch.setattr(in_place_norm, "overwrite_with_gradient", broken)
 
 
 def _statistics_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(x: Tensor, *rest: Any) -> Any:
-        in_place_norm_(x.clone(), *rest)
-        return in_place_norm_(x, *rest)
+        overwrite_with_norm(x.clone(), *rest)
+        return overwrite_with_norm(x, *rest)
 
-    monkeypatch.setattr(in_place_norm, "in_place_norm_", broken)
+    monkeypatch.setattr(in_place_norm, "overwrite_with_norm", broken)
 
 
 def _one_temporary_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +152,10 @@ def _input_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def broken(x: Tensor, *rest: Any) -> Any:
         copy = x.flatten().clone()
-        rstd, buffer = in_place_norm_(x, *rest)
-        return torch.cat([rstd, copy])[: rstd.numel()], buffer
+        rstd = overwrite_with_norm(x, *rest)
+        return torch.cat([rstd, copy])[: rstd.numel()]
 
-    monkeypatch.setattr(in_place_norm, "in_place_norm_", broken)
+    monkeypatch.setattr(in_place_norm, "overwrite_with_norm", broken)
 
 
 FAULTS: dict[Fault, Check] = {

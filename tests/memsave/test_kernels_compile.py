@@ -17,7 +17,7 @@ from tests.memsave.compile_kernels import CASES
 ROOT = Path(__file__).resolve().parents[2]
 FORWARD = ["_partial_statistics", "_combine_statistics", "_normalise"]
 BACKWARD = ["_partial_sums", "_combine_sums", "_gradient"]
-CAPABILITIES = [80, 90]
+CAPABILITIES = [80, 90, pytest.param(100, marks=pytest.mark.slow)]
 
 
 @cache

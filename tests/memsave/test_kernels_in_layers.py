@@ -29,7 +29,6 @@ def _use_kernels(monkeypatch: pytest.MonkeyPatch, use: bool) -> None:
         return use and kernels_serve(x) and x.numel() > 0
 
     for name in (
-        "memsave.in_place_norm_ops.kernels_run",
         "memsave.in_place_norm_ops._for_kernels",
         "memsave.in_place_sync_maths.kernels_run",
     ):
