@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from bench.errors import MembenchError
 from bench.imported import Imported
 
 __all__ = ["Case", "Mode", "PaperFigure", "PaperTime", "Precision", "TechniqueUse", "known_fields"]
@@ -107,7 +108,17 @@ class Case:
 
     @classmethod
     def from_definition(cls, definition: dict[str, Any]) -> Case:
-        """Make the case that ``to_definition`` wrote; keys it does not know are ignored."""
+        """Make the case that ``to_definition`` wrote; keys it does not know are ignored.
+
+        Raises MembenchError for data that are no case's.
+        """
+        try:
+            return cls._from_definition(definition)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise MembenchError(f"not the definition of a case: {error}") from None
+
+    @classmethod
+    def _from_definition(cls, definition: dict[str, Any]) -> Case:
         values = known_fields(cls, definition)
         for key in ("requested_shape", "shape", "volumes"):
             values[key] = tuple(values.get(key, ()))

@@ -7,6 +7,7 @@ settings that it was measured with. Errors are predicted over measured, less 1.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import statistics
 import tempfile
 from collections import defaultdict
@@ -20,8 +21,8 @@ from bench.case import Case
 from bench.errors import MembenchError
 from bench.predict.calibration import read_calibration
 from bench.predict.cards import Card, find_card
-from bench.record import Record
-from bench.runner import Progress, Run, run_cases
+from bench.record import Environment, Record, read_records
+from bench.runner import Backend, Progress, Run, TimeLimit, run_cases
 
 __all__ = [
     "CAUSES",
@@ -30,6 +31,7 @@ __all__ = [
     "Causes",
     "Compared",
     "Fidelity",
+    "Predicting",
     "Quantity",
     "Spread",
     "card_of",
@@ -44,6 +46,7 @@ CAUSES = ("tensors", "workspace", "allocator", "context")
 MARGIN = 0.02
 """What is stated beside a prediction: a case above it by more than this is under-estimated."""
 
+_NO_TIME = "no time was left to predict it"
 _FIELDS: dict[Quantity, str] = {
     "requested": "peak_requested_bytes",
     "allocated": "peak_allocated_bytes",
@@ -131,6 +134,11 @@ class Fidelity:
     differing: tuple[tuple[Record, Record], ...] = ()
     not_predicted: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def left(self) -> int:
+        """How many cases there was no time for."""
+        return sum(why == _NO_TIME for _, why in self.not_predicted)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
@@ -174,10 +182,36 @@ def measured_records(by_suite: dict[str, list[Record]], given: Sequence[Path]) -
 # -- predicting again ---------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicting:
+    """How the cases are predicted again.
+
+    ``kept``: a folder in which predictions are kept, and found by the next comparison that would
+    make them alike. ``limit``: cases that it leaves no time for are not compared.
+    """
+
+    kept: Path | None = None
+    limit: TimeLimit | None = None
+
+
 def compare(
-    records: Sequence[Record], on_progress: Callable[[Progress], None] = lambda _: None
+    records: Sequence[Record],
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    how: Predicting | None = None,
 ) -> Fidelity:
-    """Predict every measured record's case for its card, and compare."""
+    """Predict every measured record's case for its card, and compare.
+
+    Raises MembenchError where predictions cannot be kept in the folder given.
+    """
+    how = how or Predicting()
+    if how.kept is not None:
+        try:
+            how.kept.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MembenchError(
+                f"cannot keep predictions in {how.kept}: {error.strerror or error}; "
+                "choose another folder with --keep"
+            ) from None
     compared: list[Compared] = []
     agreed: list[str] = []
     differing: list[tuple[Record, Record]] = []
@@ -189,17 +223,24 @@ def compare(
     groups: defaultdict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
         if record.status in ("ok", "oom"):
+            try:
+                Case.from_definition(record.definition)
+            except MembenchError as error:
+                missing.append((record.case, str(error)))
+                continue
             settings = record.environment.allocator_settings
             capacity = record.capacity_bytes if record.capped_to else None
             groups[(record.card, record.capped_to, capacity, settings)].append(record)
     for group in groups.values():
         try:
-            card, pairs = _predicted(group, on_progress)
+            card, pairs = _predicted(group, on_progress, how)
         except MembenchError as error:
             missing += [(record.case, str(error)) for record in group]
             continue
         for measured, predicted in pairs:
-            if predicted.status not in ("ok", "oom"):
+            if predicted is None:
+                missing.append((measured.case, _NO_TIME))
+            elif predicted.status not in ("ok", "oom"):
                 missing.append((measured.case, f"predicted {predicted.status}: {predicted.reason}"))
             elif measured.status != predicted.status:
                 differing.append((measured, predicted))
@@ -230,8 +271,8 @@ def card_of(record: Record) -> Card:
 
 
 def _predicted(
-    records: Sequence[Record], on_progress: Callable[[Progress], None]
-) -> tuple[Card, list[tuple[Record, Record]]]:
+    records: Sequence[Record], on_progress: Callable[[Progress], None], how: Predicting
+) -> tuple[Card, list[tuple[Record, Record | None]]]:
     """Predict cases of one card, one capacity and one setting of the allocator."""
     from bench.backends import predicted_backend
     from bench.environment import read_environment
@@ -245,13 +286,44 @@ def _predicted(
         backend, request={**backend.request, "allocator_settings": settings}
     )
     environment = dataclasses.replace(
-        read_environment(suite=records[0].environment.suite), allocator_settings=settings
+        read_environment(suite=records[0].environment.suite),
+        allocator_settings=settings,
+        card_hash=card.digest(),
     )
-    cases = [Case.from_definition(record.definition) for record in records]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "predicted.jsonl"
-        run = Run(cases=cases, backend=backend, environment=environment, path=path)
-        return card, list(zip(records, run_cases(run, on_progress), strict=True))
+    cases = {(case := Case.from_definition(r.definition)).digest(): case for r in records}
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (how.kept or Path(temporary)) / f"{_kind(card, backend, environment)}.records"
+        found = _kept(path)
+        waiting = {digest: case for digest, case in cases.items() if digest not in found}
+        if waiting:
+            run = Run(
+                cases=list(waiting.values()),
+                backend=backend,
+                environment=environment,
+                path=path,
+                limit=how.limit,
+            )
+            made = run_cases(run, on_progress)
+            digests = list(waiting) if len(made) == len(waiting) else [_digest(r) for r in made]
+            found |= zip(digests, made, strict=True)
+    return card, [(record, found.get(_digest(record))) for record in records]
+
+
+def _digest(record: Record) -> str:
+    return Case.from_definition(record.definition).digest()
+
+
+def _kind(card: Card, backend: Backend, environment: Environment) -> str:
+    """Return a name for all predictions that are made alike: same card, software and settings."""
+    own = (environment.membench, environment.commit, environment.torch, backend.tracer)
+    text = repr((card.name, card.digest(), card.memory_bytes, environment.allocator_settings, own))
+    return f"{card.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _kept(path: Path) -> dict[str, Record]:
+    """Return the predictions of a file that ended, by their case's digest."""
+    kept = read_records(path) if path.exists() else iter(())
+    return {_digest(record): record for record in kept if record.status in ("ok", "oom")}
 
 
 def _compared(measured: Record, predicted: Record, card: Card) -> Compared:

@@ -8,8 +8,10 @@ runs from a bare source tree: no git (``MEMBENCH_COMMIT`` names the commit), no 
 nox. Results, logs and a summary end up in one archive, rewritten after each part.
 
 Every part is a piece of less than ten minutes: at ``--part-limit`` it is ended, and run again it
-goes on where it stopped, with the cases it has no record of. ``--dry-run`` lists the parts,
-``--only NAME`` runs one of them. Ctrl-C, SIGTERM and SIGHUP end the part and write the archive.
+goes on where it stopped, with the cases it has no record of. A case that took most of two pieces
+and did not end is recorded as ``timeout`` and not tried a third time. ``--dry-run`` lists the
+parts, ``--only NAME`` runs one of them. Ctrl-C, SIGTERM and SIGHUP end the part and write the
+archive.
 
 Put the archive of an earlier piece where ``--archive`` says, and the next one goes on from it, on
 another machine with the same card too: logs, outcomes and records come out of it. It must not lie
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.errors import MembenchError, nearest
@@ -90,36 +92,39 @@ def _python(name: str, module: str, *arguments: str, **environment: str) -> Part
     return Part(name, (sys.executable, "-m", module, *arguments), variables)
 
 
+def _membench(name: str, *arguments: str, **environment: str) -> Part:
+    """Return a command that keeps to a time limit."""
+    return replace(_python(name, "bench", *arguments, **environment), keeps_limit=True)
+
+
 def _calibrate(results: Path) -> Part:
-    limit = str(int(_PART_LIMIT_S * 0.9))
-    cards = str(results / "cards")
-    return _python("calibrate", "bench", "calibrate", "-o", cards, "--time-limit", limit)
+    return _membench("calibrate", "calibrate", "-o", str(results / "cards"))
 
 
 def _measure(suite: str, results: Path) -> Part:
     options = ("--device", "cuda", "--results", str(results), "--resume")
-    return _python(f"measure-{suite}", "bench", "run", suite, *options)
+    return _membench(f"measure-{suite}", "run", suite, *options)
 
 
 def _plan(suite: Path, results: Path) -> Part:
     """Run the best proposals of a plan, capped to the card that they were made for."""
     options = ("--device", "cuda", "--card", suite.stem, "--results", str(results), "--resume")
-    return _python(f"plans-{suite.stem}", "bench", "run", str(suite), *options)
+    return _membench(f"plans-{suite.stem}", "run", str(suite), *options)
 
 
 def _traces(suite: str, results: Path) -> Part:
     options = ("--suites", suite, "--results", str(results))
-    return _python(f"traces-{suite}", "bench.trace_session", *options)
+    return replace(_python(f"traces-{suite}", "bench.trace_session", *options), keeps_limit=True)
 
 
 def _predict(suite: str, results: Path, card: str) -> list[Part]:
     """Predict with the GPU's own torch on its own device, and as a machine without a GPU would."""
-    options = ("bench", "run", suite, "--device", "predict", "--card", card, "--resume")
+    options = ("run", suite, "--device", "predict", "--card", card, "--resume")
     cards = str(results / "cards")
     shim = str(shim_results(results))
     return [
-        _python(f"predict-{suite}", *options, "--results", str(results), MEMBENCH_CARDS=cards),
-        _python(
+        _membench(f"predict-{suite}", *options, "--results", str(results), MEMBENCH_CARDS=cards),
+        _membench(
             f"predict-shim-{suite}",
             *(*options, "--results", shim),
             MEMBENCH_CARDS=cards,
@@ -129,9 +134,15 @@ def _predict(suite: str, results: Path, card: str) -> list[Part]:
 
 
 def _fidelity(results: Path, card: str) -> Part:
-    options = (str(results / card), "--output", str(results / "reports"))
+    """Compare with predictions made anew, kept beside the results for the next piece."""
+    options = (
+        "--output",
+        str(results / "reports"),
+        "--keep",
+        str(shim_results(results) / "fidelity"),
+    )
     cards = str(results / "cards")
-    return _python("fidelity", "bench", "fidelity", *options, MEMBENCH_CARDS=cards)
+    return _membench("fidelity", "fidelity", str(results / card), *options, MEMBENCH_CARDS=cards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = _chosen(plan(results, card, options.parts, suites=options.suites), options.only)
         if options.dry_run:
             for part in parts:
-                print(f"{part.name}: {_shown(part)}")
+                print(f"{part.name}: {_shown(part.within(options.part_limit))}")
             return 0
         limits = _Limits(options.time_limit, options.part_limit)
         with stop_on_signals() as stop:
@@ -169,7 +180,7 @@ def _concluded(card: str, outcomes: list[Outcome], planned: int, archive: Path, 
     failed = [outcome for outcome in outcomes if outcome.exit_code != 0]
     say(f"\n{card}: {len(outcomes) - len(failed)} of {planned} parts passed")
     for outcome in outcomes:
-        say(f"  {outcome.name}: exit code {outcome.exit_code}, {outcome.seconds} s")
+        say(f"  {outcome.name}: {outcome.reason or 'ok'}, {outcome.seconds} s")
     say(f"results, logs and summary: {archive}")
     if stop.signal is not None:
         say(f"interrupted by {signal.Signals(stop.signal).name}; the same command goes on")
@@ -195,8 +206,9 @@ def _run_all(
             left_s = limits.part_s if deadline is None else deadline - time.monotonic()
             if left_s <= 0 or stop.signal is not None:
                 break
-            say(f"\n== {part.name}: {_shown(part)}")
             limit_s = min(left_s, limits.part_s)
+            part = part.within(limit_s)
+            say(f"\n== {part.name}: {_shown(part)}")
             outcomes.append(run_part(part, logs / f"{part.name}.log", limit_s, stop))
             known |= {outcome.name: asdict(outcome) for outcome in outcomes}
             summary: dict[str, object] = {

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -26,28 +26,41 @@ from bench.serve import die_with_parent
 __all__ = ["ROOT", "Outcome", "Part", "Stop", "run_part", "say", "stop_on_signals"]
 
 ROOT = Path(__file__).resolve().parents[1]
-_ENDING = ((signal.SIGINT, 0.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))
+_ENDING = ((signal.SIGINT, 0.0), (signal.SIGTERM, 6.0), (signal.SIGKILL, 8.0))
 """What a part is sent, and how many seconds after it has to end."""
+_OWN_SHARE = 0.9  # of a part's limit: what a command that keeps to a limit of its own is told
 _LOOK_S = 0.1  # between two looks at the clock while a part is silent
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One command of the session."""
+    """One command of the session. ``keeps_limit``: it takes ``--time-limit`` and goes on later."""
 
     name: str
     command: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
+    keeps_limit: bool = False
+
+    def within(self, limit_s: float) -> Part:
+        """Return the part told to end by itself before its limit, where it can."""
+        if not self.keeps_limit:
+            return self
+        own = str(max(1, int(limit_s * _OWN_SHARE)))
+        return replace(self, command=(*self.command, "--time-limit", own))
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a part ended. ``exit_code`` below 0: ended by that signal."""
+    """How a part ended. ``exit_code`` below 0: ended by that signal. ``reason``: "" if it passed.
+
+    The reason is what ended it and the last line that it printed.
+    """
 
     name: str
     exit_code: int
     seconds: float
+    reason: str = ""
 
 
 @dataclass(slots=True)
@@ -106,7 +119,39 @@ def run_part(
         with suppress(ProcessLookupError):  # what it started and left behind
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return Outcome(part.name, process.returncode, round(time.monotonic() - began, 1))
+    seconds = round(time.monotonic() - began, 1)
+    return Outcome(part.name, process.returncode, seconds, _reason(process, ending, log, limit_s))
+
+
+def _reason(
+    process: subprocess.Popen[bytes], ending: _Ending, log: Path, limit_s: float | None
+) -> str:
+    """Say in a line why a part has not passed, "" where it has."""
+    code = process.returncode
+    if code == 0:
+        return ""
+    if ending.cause == "limit":
+        how = f"ended at its limit of {limit_s:g} s"
+    elif ending.cause:
+        how = f"ended by the session's {ending.cause}"
+    else:
+        how = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
+    last = _last_line(log)
+    return f"{how}: {last}" if last else how
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "")
 
 
 def _before_its_program() -> None:
@@ -123,6 +168,7 @@ class _Ending:
     ) -> None:
         self._process, self._deadline, self._stop = process, deadline, stop
         self._since: float | None = None
+        self.cause = ""  # "limit", or the name of the session's signal; "" where it ends by itself
         self._left = list(_ENDING)
 
     def look(self) -> None:
@@ -131,6 +177,8 @@ class _Ending:
         late = self._deadline is not None and now >= self._deadline
         if self._since is None and (late or self._stop.signal is not None):
             self._since = now
+            number = self._stop.signal
+            self.cause = "limit" if number is None else _signal_name(number)
         while self._since is not None and self._left and now >= self._since + self._left[0][1]:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, self._left.pop(0)[0])

@@ -3,6 +3,9 @@
 A measured case gets a process of its own: a clean allocator, and a crash costs one case.
 Predicted cases share warm workers. Whatever happens to a child (crash, hang, kill) becomes the
 record of the case it was running, and the others go on.
+
+A run may have a time limit, as a piece of a longer session has. It ends the case that is running
+then: one that had a fair share of the run is recorded as ``timeout``, another is not recorded.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +33,6 @@ from bench.record import (
     Peaks,
     Record,
     append_record,
-    read_records,
 )
 from bench.timeline import Timeline
 
@@ -37,12 +40,14 @@ __all__ = [
     "Backend",
     "Progress",
     "Run",
-    "finished_cases",
+    "TimeLimit",
     "make_record",
     "make_writable",
     "run_cases",
     "usable_cores",
 ]
+
+_FAIR_SHARE = 0.5  # of a run's time: a case that had less was not really tried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,23 @@ class Backend:
     warning: str = ""  # for whoever starts the run, "" when there is none
 
 
+@dataclass(frozen=True, slots=True)
+class TimeLimit:
+    """How long a run may take in all. ``ends_at`` is of ``time.monotonic``."""
+
+    seconds: float
+    ends_at: float
+
+    @classmethod
+    def from_now(cls, seconds: float) -> TimeLimit:
+        """Return a limit of which all is left."""
+        return cls(seconds, time.monotonic() + seconds)
+
+    def left_s(self) -> float:
+        """Return what is left, 0 when it is over."""
+        return max(0.0, self.ends_at - time.monotonic())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Cases, how to run them, and where their records go."""
@@ -72,6 +94,7 @@ class Run:
     backend: Backend
     environment: Environment
     path: Path
+    limit: TimeLimit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,45 +105,12 @@ class Progress:
     record: Record | None
 
 
-def finished_cases(run: Run) -> dict[str, Record]:
-    """Return the records in the run's file that need not be made again, by case name.
-
-    A case is finished when its last record is ``ok`` or ``oom``, was made from the same
-    definition, by the same membench, torch, tracer and allocator settings, and for a card whose
-    data are the same.
-    """
-    if not run.path.exists():
-        return {}
-    digests = {case.name: case.digest() for case in run.cases}
-    last = {record.case: record for record in read_records(run.path)}
-    return {
-        name: record
-        for name, record in last.items()
-        if record.status in ("ok", "oom")
-        and name in digests
-        and Case.from_definition(record.definition).digest() == digests[name]
-        and _made_alike(record, run)
-    }
-
-
-def _made_alike(record: Record, run: Run) -> bool:
-    theirs, ours = record.environment, run.environment
-    return (
-        record.tracer == run.backend.tracer
-        and record.capped_to == run.backend.capped_to
-        and theirs.torch == ours.torch
-        and theirs.membench == ours.membench
-        and theirs.commit == ours.commit
-        and theirs.allocator_settings == ours.allocator_settings
-        and theirs.card_hash == ours.card_hash
-    )
-
-
 def run_cases(run: Run, on_progress: Callable[[Progress], None]) -> list[Record]:
     """Run every case, append each record as it comes, and return them in the order of the cases.
 
-    ``on_progress`` is called from one thread at a time. On KeyboardInterrupt the children are
-    ended and the interrupt goes on to the caller; what has finished is in the file.
+    Cases that the run's time limit left no time for have no record. ``on_progress`` is called from
+    one thread at a time. On KeyboardInterrupt the children are ended and the interrupt goes on to
+    the caller; what has finished is in the file.
     """
     make_writable(run.path)
     records: dict[int, Record] = {}
@@ -140,14 +130,16 @@ def run_cases(run: Run, on_progress: Callable[[Progress], None]) -> list[Record]
 
     def work(place: int) -> None:
         with _children(run.backend, place) as child:
-            while not stop.is_set():
+            while not stop.is_set() and (run.limit is None or run.limit.left_s() > 0):
                 try:
                     index, case = waiting.get_nowait()
                 except queue.Empty:
                     return
                 try:
                     report(index, case, None)
-                    report(index, case, _run_case(run, case, child))
+                    record = _run_case(run, case, child)
+                    if record is not None:
+                        report(index, case, record)
                 except BaseException as error:  # handed to the caller, below
                     failures.append(error)
                     stop.set()
@@ -217,14 +209,17 @@ def _children(backend: Backend, place: int) -> Iterator[_ChildSlot]:
         slot.finish()
 
 
-def _run_case(run: Run, case: Case, slot: _ChildSlot) -> Record:
-    environment, guard = run.environment, None
+def _run_case(run: Run, case: Case, slot: _ChildSlot) -> Record | None:
+    """Run one case; None where the run's time limit ended it before it had a fair share."""
+    environment, guard, limit_s = run.environment, None, case.time_limit_s
     try:
         child = slot.get()
         environment = _with_hello(environment, child.hello)
         guard = Guard(child, run.backend.exclusive)
+        if run.limit is not None:
+            limit_s = min(limit_s, run.limit.left_s())
         readings = guard.refusal() or child.ask(
-            {"case": case.to_definition(), **run.backend.request}, case.time_limit_s
+            {"case": case.to_definition(), **run.backend.request}, limit_s
         )
     except ChildTimeoutError as error:
         slot.drop()
@@ -236,6 +231,10 @@ def _run_case(run: Run, case: Case, slot: _ChildSlot) -> Record:
         slot.finish()
     if guard is not None:
         readings = guard.judged(readings)
+    if run.limit is not None and readings["status"] == "timeout" and limit_s < case.time_limit_s:
+        if limit_s < run.limit.seconds * _FAIR_SHARE:
+            return None
+        readings["reason"] += f", what was left of the run's time limit of {run.limit.seconds:g} s"
     return make_record(run.backend, case, readings, environment)
 
 

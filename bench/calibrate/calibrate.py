@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.calibrate.device_worker import BENCHMARK_VARIABLE
+from bench.calibrate.gathering import gather
 from bench.calibrate.section import Section, load_section, save_card
 from bench.calibrate.session import Asked, Measurer, Session, Start, jobs_left
-from bench.calibrate.wanted import Wanted, calibrated_cases, representatives, wanted_calls
-from bench.case import Case
+from bench.calibrate.wanted import Wanted, calibrated_cases, representatives
 from bench.child import Child
 from bench.errors import MembenchError
 from bench.predict.cards import (
@@ -28,15 +22,11 @@ from bench.predict.cards import (
     card_name_for_gpu,
     user_cards_folder,
 )
-from bench.predict.library_calls import ConvolutionCall, OperatorCall
-from bench.predict.shim import cache_folder, choose_tracer, gpu_visible
-from bench.runner import usable_cores
+from bench.predict.shim import gpu_visible
+from bench.runner import TimeLimit
 from bench.units import MIB
 
-__all__ = ["Outcome", "Settings", "calibrate", "card_of", "check_gpu", "gather", "start_measuring"]
-
-_TRACE_LIMIT_S = 600.0
-_TRACERS_LIMIT = 8
+__all__ = ["Outcome", "Settings", "calibrate", "card_of", "check_gpu", "start_measuring"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +41,16 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where the card was written, what it holds, and whether nothing is left to measure."""
+    """Where the card was written, what it holds, and whether nothing is left to measure.
+
+    ``untraced``: cases of which it is not known yet what they call.
+    """
 
     path: Path
     card: Card
     section: Section
     complete: bool
+    untraced: int = 0
 
 
 def check_gpu() -> None:
@@ -80,19 +74,21 @@ def calibrate(
     """
     start = start or start_measuring
     hello = hello or _greeting()
-    began = time.monotonic()
+    limit = TimeLimit.from_now(settings.limit_s)
     card = card_of(hello)
     path = (settings.folder or user_cards_folder()) / f"{card.name}.json"
     section = load_section(path, hello)
     cases = calibrated_cases(settings.suites)
-    save_card(card, section, path)  # a folder that cannot be written is found before the hour
     section.suites = settings.suites or ("all shipped",)
+    section.remaining = max(section.remaining, 1)  # not complete until it is known to be
+    save_card(card, section, path)  # a folder that cannot be written is found before the hour
     if wanted is None:
-        wanted = gather(cases, settings.hold_out)
+        wanted = gather(cases, settings.hold_out, limit)
+    if wanted.untraced:
+        return Outcome(path, card, section, complete=False, untraced=wanted.untraced)
     section.notes += [line for line in wanted.skipped if line not in section.notes]
     session = Session(section, start, lambda: _save(card, section, path), report)
-    left_s = settings.limit_s - (time.monotonic() - began)
-    complete = session.run(jobs_left(section, wanted, representatives(cases)), left_s)
+    complete = session.run(jobs_left(section, wanted, representatives(cases)), limit.left_s())
     return Outcome(path, save_card(card, section, path), section, complete)
 
 
@@ -134,63 +130,3 @@ def card_of(hello: dict[str, Any]) -> Card:
             float32=rule, half=rule, source="Estimate, not measured: that of the newer cards"
         ),
     )
-
-
-def gather(cases: Sequence[Case], share: float) -> Wanted:
-    """Return what the cases call, by tracing each; kept in the cache for the next piece."""
-    tracer, _ = choose_tracer()
-    text = json.dumps([tracer, share, *(case.digest() for case in cases), _versions()])
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = cache_folder() / f"calibration-calls-{name}.json"
-    kept = _read_wanted(path)
-    if kept is not None:
-        return kept
-    local, children = threading.local(), list[Child]()
-
-    def ask(case: Case) -> dict[str, Any]:
-        if not hasattr(local, "child"):
-            environment = {"MEMBENCH_WORKER_TRACER": tracer, "OMP_NUM_THREADS": "1"}
-            local.child = Child("bench.predict.worker", environment)
-            children.append(local.child)
-        request = {"case": case.to_definition(), "calls": True}
-        try:
-            reply: dict[str, Any] = local.child.ask(request, _TRACE_LIMIT_S)
-        except MembenchError as error:  # it crashed, or took too long: the others go on
-            del local.child
-            return {"status": "failed", "reason": str(error)}
-        return reply
-
-    try:
-        with ThreadPoolExecutor(min(usable_cores(), _TRACERS_LIMIT)) as pool:
-            answers = dict(zip((c.digest() for c in cases), pool.map(ask, cases), strict=True))
-    finally:
-        for child in children:
-            child.finish()
-    wanted = wanted_calls(cases, lambda case: answers[case.digest()], share)
-    path.write_text(json.dumps(dataclasses.asdict(wanted)), encoding="utf-8")
-    return wanted
-
-
-def _versions() -> list[str | None]:
-    from bench import __version__
-    from bench.predict.shim import torch_build
-
-    torch = torch_build()
-    return [__version__, torch.version if torch else None]
-
-
-def _read_wanted(path: Path) -> Wanted | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Wanted(
-            convolutions=tuple(_convolution(row) for row in data["convolutions"]),
-            operators=tuple(OperatorCall(*row) for row in data["operators"]),
-            held_out=tuple(_convolution(row) for row in data["held_out"]),
-            skipped=tuple(data["skipped"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off: made again
-        return None
-
-
-def _convolution(row: list[Any]) -> ConvolutionCall:
-    return ConvolutionCall.from_dict(dict(zip(ConvolutionCall._fields, row, strict=True)))

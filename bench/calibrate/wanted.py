@@ -35,13 +35,15 @@ AskCalls = Callable[[Case], dict[str, Any]]
 class Wanted:
     """Calls in the order in which they are measured; ``held_out`` come last.
 
-    ``skipped``: a line for each case that could not be traced.
+    ``skipped``: a line for each case that could not be traced. ``untraced``: how many cases there
+    was no time to trace, whose calls are not among these.
     """
 
     convolutions: tuple[ConvolutionCall, ...]
     operators: tuple[OperatorCall, ...]
     held_out: tuple[ConvolutionCall, ...]
     skipped: tuple[str, ...] = ()
+    untraced: int = 0
 
 
 def calibrated_cases(suites: Sequence[str] | None = None) -> list[Case]:
@@ -69,7 +71,7 @@ def held_out(case: Case, share: float) -> bool:
     return place < share
 
 
-def wanted_calls(cases: Iterable[Case], ask: AskCalls, share: float) -> Wanted:
+def wanted_calls(cases: Iterable[Case], ask: AskCalls, share: float, untraced: int = 0) -> Wanted:
     """Return the calls of all cases, without those that differ in no shape, type or option."""
     convolutions: dict[ConvolutionCall, bool] = {}  # -> whether only held-out shapes make it
     operators: dict[OperatorCall, None] = {}
@@ -91,6 +93,7 @@ def wanted_calls(cases: Iterable[Case], ask: AskCalls, share: float) -> Wanted:
         operators=tuple(sorted(operators, key=lambda call: (call.operand_bytes, call))),
         held_out=tuple(call for call in by_size if convolutions[call]),
         skipped=tuple(skipped),
+        untraced=untraced,
     )
 
 

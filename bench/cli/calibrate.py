@@ -50,6 +50,13 @@ def calibrate(
         )
         outcome = measure(settings, _report)
     _print(outcome)
+    if outcome.untraced:
+        err().print(
+            f"{outcome.untraced} of the suites' cases are not traced yet, which comes first: run "
+            "membench calibrate again",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
     if not outcome.complete:
         err().print(
             f"{outcome.section.remaining} readings are left: run membench calibrate again",

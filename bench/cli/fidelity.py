@@ -11,7 +11,7 @@ from bench.cli.console import err, out, user_errors
 from bench.errors import MembenchError
 
 if TYPE_CHECKING:
-    from bench.fidelity import Fidelity
+    from bench.fidelity import Fidelity, Predicting
     from bench.record import Record
     from bench.runner import Progress
     from bench.trace_alignment import Alignment
@@ -40,17 +40,32 @@ def fidelity(
     output: Annotated[
         Path | None, typer.Option(help="Folder for the report fidelity.md, such as reports.")
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Keep the predictions in this folder, and take those of this commit."),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Seconds; with --keep the next run goes on. Exit code 1 then."),
+    ] = None,
 ) -> None:
     """Predict every measured case again, for its card, and print the errors."""
     with user_errors():
-        from bench.fidelity import measured_records
+        from bench.fidelity import Predicting, measured_records
         from bench.report.results import read_results
+        from bench.runner import TimeLimit
+
+        limit = None if time_limit is None else TimeLimit.from_now(time_limit)
 
         records = _chosen(measured_records(read_results(results), results), case)
         if trace is not None:
             _print_alignment(_align(trace, records), json)
             return
-        _compare(records, json, output)
+        left = _compare(records, json, output, Predicting(kept=keep, limit=limit))
+    if left:
+        again = "run it again" if keep else "give it longer, or a folder with --keep"
+        err().print(f"no time was left for {left} cases: {again}", soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def _chosen(records: list[Record], glob: str | None) -> list[Record]:
@@ -65,12 +80,12 @@ def _chosen(records: list[Record], glob: str | None) -> list[Record]:
     return chosen
 
 
-def _compare(records: list[Record], json: bool, output: Path | None) -> None:
+def _compare(records: list[Record], json: bool, output: Path | None, how: Predicting) -> int:
     from bench.fidelity import compare
     from bench.report.fidelity import differing_lines, fidelity_markdown
     from bench.report.markdown import write_files
 
-    found = compare(records, _reporter(len(records)))
+    found = compare(records, _reporter(len(records)), how)
     if json:
         import json as json_module
 
@@ -84,6 +99,7 @@ def _compare(records: list[Record], json: bool, output: Path | None) -> None:
         write_files(output, {"fidelity.md": fidelity_markdown(found).encode()})
         if not json:
             out().print(f"report: {output / 'fidelity.md'}", soft_wrap=True, markup=False)
+    return found.left
 
 
 class _Reporter:

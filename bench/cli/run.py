@@ -16,7 +16,8 @@ from bench.environment import read_environment
 from bench.errors import MembenchError
 from bench.predict.cards import Card, find_card
 from bench.record import Record, results_file
-from bench.runner import Progress, Run, finished_cases, make_writable, run_cases
+from bench.resume import finished_cases, untried_first
+from bench.runner import Progress, Run, TimeLimit, make_writable, run_cases
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -51,6 +52,12 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep finished cases, run the others.")
     ] = False,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0, help="Seconds for all; --resume goes on, and gives up what twice ended at it."
+        ),
+    ] = None,
     exclusive: Annotated[
         bool,
         typer.Option("--exclusive", help="Measure only while no other process is on the GPU."),
@@ -61,12 +68,15 @@ def run(
 ) -> None:
     """Run every case of a suite, print the table and append the records."""
     with user_errors():
-        records, paths = _run(
-            suite, device, card, case, volumes, spacing, results, resume, exclusive, json
+        limit = None if time_limit is None else TimeLimit.from_now(time_limit)
+        records, paths, left = _run(
+            *(suite, device, card, case, volumes, spacing, results, resume, limit, exclusive, json)
         )
         if not json:
             _print_table(records, paths)
-    if any(record.status in ("failed", "timeout", "skipped") for record in records):
+        if left:
+            err().print(f"{left} cases are left: run it again with --resume", soft_wrap=True)
+    if left or any(record.status in ("failed", "timeout", "skipped") for record in records):
         raise typer.Exit(1)
 
 
@@ -79,9 +89,11 @@ def _run(
     spacing: str | None,
     results: Path,
     resume: bool,
+    limit: TimeLimit | None,
     exclusive: bool,
     json: bool,
-) -> tuple[list[Record], list[Path]]:
+) -> tuple[list[Record], list[Path], int]:
+    """Return the records, the files they are in, and how many cases have none for want of time."""
     from bench.suite import load_suite
 
     suite = load_suite(suite_name)
@@ -93,17 +105,22 @@ def _run(
     else:
         if exclusive:
             raise MembenchError("--exclusive: a prediction runs on no GPU; leave the option out")
-        return _predict(suite, cases, environment, card_name, results, resume, json)
+        records, paths = _predict(
+            suite, cases, environment, card_name, results, resume, limit, json
+        )
+        return records, paths, len(cases) - len(records)
     plan = Run(
         cases=cases,
         backend=backend,
         environment=environment,
         path=results_file(results, backend.card, suite.name, backend.evidence),
+        limit=limit,
     )
     make_writable(plan.path)
     if backend.warning:
         err().print(f"warning: {backend.warning}", soft_wrap=True, markup=False)
-    return _execute(plan, resume, json), [plan.path]
+    records = _execute(plan, resume, json)
+    return records, [plan.path], len(cases) - len(records)
 
 
 def _predict(
@@ -113,6 +130,7 @@ def _predict(
     card_name: str | None,
     results: Path,
     resume: bool,
+    limit: TimeLimit | None,
     json: bool,
 ) -> tuple[list[Record], list[Path]]:
     """Predict the cases, a results file for each card; the records in the order of the suite."""
@@ -125,13 +143,15 @@ def _predict(
                 backend=backend,
                 environment=dataclasses.replace(environment, card_hash=card.digest()),
                 path=results_file(results, backend.card, suite.name, backend.evidence),
+                limit=limit,
             )
         )
         make_writable(plans[-1].path)
     if plans[0].backend.tracer == "cpu":
         err().print(f"tracing on the CPU, not as on CUDA: {why}", soft_wrap=True, markup=False)
     found = {record.case: record for plan in plans for record in _execute(plan, resume, json)}
-    return [found[case.name] for case in cases], [plan.path for plan in plans]
+    records = [found[case.name] for case in cases if case.name in found]
+    return records, [plan.path for plan in plans]
 
 
 def _cards_to_predict(
@@ -150,7 +170,8 @@ def _cards_to_predict(
 def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
     """Run what is not finished; return all records in the order of the suite."""
     kept = finished_cases(plan) if resume else {}
-    waiting = [case for case in plan.cases if case.name not in kept]
+    ordered = untried_first(plan) if resume else plan.cases
+    waiting = [case for case in ordered if case.name not in kept]
     if json:
         for record in kept.values():
             _print_json(record)
@@ -168,7 +189,7 @@ def _execute(plan: Run, resume: bool, json: bool) -> list[Record]:
                 )
                 raise typer.Exit(130) from None
     by_name = kept | {record.case: record for record in fresh}
-    return [by_name[case.name] for case in plan.cases]
+    return [by_name[case.name] for case in plan.cases if case.name in by_name]
 
 
 def _progress(total: int) -> Bar:

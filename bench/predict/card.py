@@ -11,9 +11,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from bench.errors import MembenchError, nearest
+from bench.predict.shim import torch_build
 
 __all__ = [
     "DEFAULT_MULTIPROCESSORS",
@@ -28,9 +30,19 @@ ConvolutionKind = Literal["float32", "half"]
 DEFAULT_MULTIPROCESSORS = 132
 """What a card's file that does not say is taken to have: as an H100 or H200."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9]+gb")
-# 32 MiB on compute capability 9 and later; 2 x 4096 KiB + 8 x 16 KiB before.
+# 32 MiB on compute capability 9.0, and on all later ones from torch 2.12 on; 2 x 4096 KiB +
+# 8 x 16 KiB on the others. Seen with 2.11 and 2.13; 2.12 is taken to be as 2.13.
 _CUBLAS_NEW_BYTES = 33_554_432
 _CUBLAS_OLD_BYTES = 8_519_680
+_ALL_NEWER_ARE_LARGE = (2, 12)
+
+
+@cache
+def _installed_torch() -> tuple[int, ...]:
+    """Return the release of the torch that is here, not imported; that of the rule without one."""
+    torch = torch_build()
+    found = None if torch is None else re.match(r"(\d+)\.(\d+)", torch.version)
+    return _ALL_NEWER_ARE_LARGE if found is None else tuple(map(int, found.groups()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +93,11 @@ class Card:
 
     @property
     def cublas_workspace_bytes(self) -> int:
-        """What cuBLAS takes for each handle and stream, and keeps; exact, by torch's rule."""
-        return _CUBLAS_NEW_BYTES if self.compute_capability >= (9, 0) else _CUBLAS_OLD_BYTES
+        """What cuBLAS takes for each handle and stream, and keeps; exact, by this torch's rule."""
+        large = self.compute_capability >= (9, 0)
+        if _installed_torch() < _ALL_NEWER_ARE_LARGE:
+            large = self.compute_capability == (9, 0)
+        return _CUBLAS_NEW_BYTES if large else _CUBLAS_OLD_BYTES
 
     def convolution_workspace_bytes(self, kind: ConvolutionKind, operand_bytes: int) -> int:
         """Return cuDNN's workspace for a call whose activation operands have so many bytes."""

@@ -255,14 +255,18 @@ def _error_line(done: subprocess.CompletedProcess[str]) -> str:
 def load_shim(library: Path) -> ctypes.CDLL:
     """Load the shim into this process, which must not have imported torch yet.
 
-    Raises RuntimeError when it has: forward and backward would then fail later, one by one.
+    A GPU that is here is hidden from the process: fake tensors would otherwise make a context on
+    it, through an allocator that the shim keeps torch from setting up.
+    Raises RuntimeError where torch is imported: forward and backward would fail later, one by one.
     """
     if "torch" in sys.modules:
         raise RuntimeError("the CUDA shim must be loaded before torch; use a process of its own")
     try:
-        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ShimUnavailable(f"the CUDA shim at {library} does not load: {error}") from None
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return loaded
 
 
 def choose_tracer() -> tuple[Tracer, str]:

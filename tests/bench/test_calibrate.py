@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from bench.calibrate import calibrate as calibrate_module
-from bench.calibrate.calibrate import Outcome, Settings, calibrate, card_of, gather
+from bench.calibrate.calibrate import Outcome, Settings, calibrate, card_of
 from bench.calibrate.device import convolution_operation, operator_operation, take_reading
 from bench.calibrate.device_worker import handler
 from bench.calibrate.section import Section, load_section
@@ -279,25 +279,6 @@ def test_the_smallest_training_case_stands_for_a_network_and_precision() -> None
     cases = [make_case(), small, make_case(requested_shape=(4, 4, 4), mode="infer")]
     half = make_case(precision="fp16")
     assert representatives([*cases, half]) == [small, half]
-
-
-def test_gathering_traces_the_cases_in_children_and_keeps_the_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real child and shim; the second time nothing is traced."""
-    monkeypatch.setattr(calibrate_module, "cache_folder", lambda: tmp_path)
-    case = make_case(requested_shape=(16, 16, 16), steps=2)
-    broken = make_case(requested_shape=(16, 16, 16), variant="odd", network_options={"block": "no"})
-
-    wanted = gather([case, broken], 0.0)
-
-    directions = {call.direction for call in wanted.convolutions}
-    assert directions == {"forward", "input_gradient", "weight_gradient"}
-    assert {call.transposed for call in wanted.convolutions} == {True, False}
-    assert len(set(wanted.convolutions)) == len(wanted.convolutions)
-    assert [line.split(":")[0] for line in wanted.skipped] == [broken.name]
-    monkeypatch.setattr(calibrate_module, "Child", lambda *_: pytest.fail("traced again"))
-    assert gather([case, broken], 0.0) == wanted
 
 
 # -- what the device worker does, on CPU tensors ------------------------------------------------

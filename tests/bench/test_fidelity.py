@@ -17,7 +17,15 @@ from bench.case import Case
 from bench.cli.fidelity import fidelity as fidelity_command
 from bench.errors import MembenchError
 from bench.export.recording import record_run
-from bench.fidelity import Compared, Fidelity, card_of, compare, measured_records, spread
+from bench.fidelity import (
+    Compared,
+    Fidelity,
+    Predicting,
+    card_of,
+    compare,
+    measured_records,
+    spread,
+)
 from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import DEFAULT_POOL
 from bench.predict.cards import find_card
@@ -26,7 +34,7 @@ from bench.predict.trace import Trace as RecordedTrace
 from bench.predict.trace import TraceEvent
 from bench.record import Record, append_record
 from bench.report.fidelity import fidelity_markdown, groups, summary_rows
-from bench.runner import Progress
+from bench.runner import Progress, TimeLimit
 from bench.trace_alignment import align
 from bench.units import MIB
 from tests.bench.records import GIB, make_record
@@ -164,6 +172,7 @@ def test_cases_are_compared_where_both_sides_fit_and_named_where_not(
         measured(variant="broken"),
         measured(variant="crashed", status="failed"),
         measured(variant="nowhere", card="odd-1gb"),
+        dataclasses.replace(measured(variant="elsewhere"), definition={"network": "fcn"}),
     ]
 
     found = compare(records)
@@ -175,6 +184,8 @@ def test_cases_are_compared_where_both_sides_fit_and_named_where_not(
     assert said["crashed"].startswith("measured failed")
     assert said["broken"].startswith("predicted failed")
     assert said["nowhere"].startswith("no card is called 'odd-1gb'")
+    assert said["elsewhere"].startswith("not the definition of a case: ")
+    assert "'variant'" in said["elsewhere"]
 
 
 def test_each_card_capacity_and_allocator_setting_is_predicted_as_it_was_measured(
@@ -197,6 +208,66 @@ def test_each_card_capacity_and_allocator_setting_is_predicted_as_it_was_measure
     assert asked[1][1]["allocator_settings"] == "expandable_segments:True"
     capped = asked[2][1]["card"]
     assert capped["memory_bytes"] - capped["context_bytes"] == GIB
+
+
+def test_predictions_that_are_kept_are_not_made_again_unless_they_would_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run_cases(run: Any, _report: Callable[[Progress], None]) -> list[Record]:
+        run.path.parent.mkdir(exist_ok=True)
+        made = []
+        for case in run.cases[: 1 if run.limit else None]:
+            asked.append(case.variant)
+            record = dataclasses.replace(measured(), definition=case.to_definition())
+            record = dataclasses.replace(record, evidence="predicted", case=case.name)
+            append_record(run.path, record)
+            made.append(record)
+        return made
+
+    monkeypatch.setattr(fidelity_module, "run_cases", run_cases)
+    records = [measured(variant="a"), measured(variant="b")]
+    piece = Predicting(kept=tmp_path / "kept", limit=TimeLimit.from_now(60.0))
+
+    first = compare(records, how=piece)
+    assert [one.measured.variant for one in first.compared] == ["a"]
+    assert first.not_predicted == ((records[1].case, "no time was left to predict it"),)
+    second = compare(records, how=piece)
+    assert [one.measured.variant for one in second.compared] == ["a", "b"]
+    assert second.compared[0].predicted.case == records[0].case
+    assert asked == ["a", "b"]
+
+    monkeypatch.setenv("MEMBENCH_COMMIT", "another")
+    compare(records, how=Predicting(kept=tmp_path / "kept"))
+    compare([measured(variant="a", card="h200-141gb")], how=Predicting(kept=tmp_path / "kept"))
+    assert asked == ["a", "b", "a", "b", "a"]
+
+
+def test_a_folder_that_cannot_keep_predictions_is_misuse(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = invoke(results(tmp_path, measured()), "--keep", tmp_path / "file")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: cannot keep predictions in ")
+    assert done.stderr.endswith("choose another folder with --keep\n")
+
+
+def test_the_command_ends_with_1_where_the_time_did_not_suffice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Predicting] = []
+
+    def compare(_records: Any, _report: Any, how: Predicting) -> Fidelity:
+        asked.append(how)
+        return Fidelity(compared=(), not_predicted=(("a", "no time was left to predict it"),))
+
+    monkeypatch.setattr(fidelity_module, "compare", compare)
+    arguments = (results(tmp_path, measured()), "--time-limit", "9", "--keep", tmp_path / "kept")
+    done = invoke(*arguments)
+    assert done.exit_code == 1
+    assert done.stderr.splitlines()[-1] == "no time was left for 1 cases: run it again"
+    (how,) = asked
+    assert (how.kept, how.limit and how.limit.seconds) == (tmp_path / "kept", 9.0)
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,12 @@ def test_a_session_tests_calibrates_measures_predicts_both_ways_and_compares(tre
     assert by_name["predict-table1"].environment == (("MEMBENCH_CARDS", "/r/cards"),)
     assert by_name["predict-shim-table1"].command == (*predicted, "/r.shim")
     assert dict(by_name["predict-shim-table1"].environment)["MEMBENCH_TRACER"] == "cuda-shim"
-    assert by_name["calibrate"].command[-4:] == ("-o", "/r/cards", "--time-limit", "531")
-    assert by_name["fidelity"].command[-3:] == ("/r/h200-141gb", "--output", "/r/reports")
+    assert by_name["calibrate"].command[-3:] == ("calibrate", "-o", "/r/cards")
+    limited = {part.name for part in parts if part.keeps_limit}
+    assert limited == set(by_name) - {"tests", "bench"}
+    assert by_name["fidelity"].command[-5:] == (
+        *("/r/h200-141gb", "--output", "/r/reports", "--keep", "/r.shim/fidelity"),
+    )
     assert by_name["tests"].command[1:5] == ("-m", "pytest", "-m", "gpu")
     assert "tests/benchmarks" in by_name["bench"].command
 
@@ -208,6 +212,37 @@ def test_what_a_part_says_on_stderr_is_logged_with_its_exit_code(tmp_path: Path)
     assert log.read_text() == "broken\n"
 
 
+def test_a_part_that_keeps_a_limit_is_told_nine_tenths_of_its_own() -> None:
+    part = Part("measure-table1", ("run", "table1"), keeps_limit=True)
+
+    assert part.within(590.0).command == ("run", "table1", "--time-limit", "531")
+    assert part.within(0.5).command[-1] == "1"  # the least that the commands take
+    assert Part("tests", ("pytest",)).within(590.0).command == ("pytest",)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("print('fine')", ""),
+        ("import sys; print('one'); sys.exit('3 cases are left')", "exit code 1: 3 cases are left"),
+        ("raise SystemExit(4)", "exit code 4"),
+        (
+            "import os, signal; print('x', flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
+            "killed by SIGSEGV: x",
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGRTMIN + 5)", "killed by signal 39"),
+        (
+            "import time; print('begun', flush=True); time.sleep(60)",
+            "ended at its limit of 2 s: KeyboardInterrupt",
+        ),
+    ],
+)
+def test_how_a_part_ended_is_said_with_its_last_line(
+    tmp_path: Path, code: str, reason: str
+) -> None:
+    assert run_part(python("p", code), tmp_path / "log", limit_s=2.0).reason == reason
+
+
 def test_a_part_past_its_limit_is_ended(tmp_path: Path) -> None:
     waiting = python("p", "import time; print('begun', flush=True); time.sleep(60)")
 
@@ -259,7 +294,8 @@ def test_a_part_that_fails_does_not_stop_the_others_and_is_not_forgotten(
 
     printed = capsys.readouterr().out
     assert "h200-141gb: 2 of 3 parts passed" in printed
-    assert "second: exit code 3" in printed
+    assert "second: exit code 3, " in printed
+    assert "first: ok, " in printed
     with tarfile.open(archive) as tar:
         names = tar.getnames()
         member = tar.extractfile("logs/summary.json")
@@ -268,6 +304,7 @@ def test_a_part_that_fails_does_not_stop_the_others_and_is_not_forgotten(
     assert "results/a.jsonl" in names
     assert {"logs/first.log", "logs/second.log", "logs/third.log"} <= set(names)
     assert [o["exit_code"] for o in summary["outcomes"]] == [0, 3, 0]
+    assert [o["reason"] for o in summary["outcomes"]] == ["", "exit code 3", ""]
     assert summary["planned"] == ["first", "second", "third"]
 
 

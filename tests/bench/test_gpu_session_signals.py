@@ -142,6 +142,7 @@ def test_a_signal_ends_the_part_and_the_archive_is_written(
     assert session.member("logs/part1.log").endswith("summed up\n")
     outcomes = json.loads(session.member("logs/summary.json"))["outcomes"]
     assert [(o["name"], o["exit_code"]) for o in outcomes] == [("part0", 0), ("part1", 130)]
+    assert outcomes[1]["reason"] == f"ended by the session's {number.name}: summed up"
 
 
 def test_a_part_that_ignores_all_it_can_is_killed_with_what_it_started(start: Start) -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from bench.case import Case
 from bench.errors import MembenchError
-from bench.record import Environment, Record, read_records
-from bench.runner import Backend, Progress, Run, finished_cases, run_cases
+from bench.record import Environment, Record, append_record, read_records
+from bench.resume import finished_cases, untried_first
+from bench.runner import Backend, Progress, Run, TimeLimit, run_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,6 +171,86 @@ def test_finished_cases_are_those_that_nothing_has_changed_for(tmp_path: Path) -
         assert finished_cases(replace(plan, environment=environment)) == {}, environment
     other_tracer = replace(plan, backend=replace(plan.backend, tracer="cpu"))
     assert finished_cases(other_tracer) == {}
+
+
+# -- a run with a time limit --------------------------------------------------------------------
+
+
+def within(plan: Run, seconds: float) -> Run:
+    return replace(plan, limit=TimeLimit.from_now(seconds))
+
+
+def timeouts(path: Path) -> list[str]:
+    return [r.variant for r in read_records(path) if r.status == "timeout"]
+
+
+def test_a_case_that_had_most_of_the_run_is_recorded_and_the_others_are_left(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "s.jsonl"
+    begun = time.monotonic()
+    # The child's start is part of the run too, and takes what it takes on a busy machine.
+    begun_with: list[str] = []
+    plan = within(run_of(path, "hang", "b"), 8.0)
+    records = run_cases(plan, lambda progress: begun_with.append(progress.case.variant))
+    assert set(begun_with) == {"hang"}
+    assert time.monotonic() - begun < 40
+    assert [(r.variant, r.status) for r in records] == [("hang", "timeout")]
+    assert "what was left of the run's time limit of 8 s" in records[0].reason
+
+
+def test_a_case_that_had_little_of_the_run_is_not_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    plan = run_of(path, "sleep5", "hang")
+    records = run_cases(within(plan, 8.0), ignore)
+    assert [(r.variant, r.status) for r in records] == [("sleep5", "ok")]
+    assert [r.variant for r in read_records(path)] == ["sleep5"]
+    assert [case.variant for case in untried_first(plan)] == ["hang", "sleep5"]
+
+
+def test_a_case_has_no_more_of_the_run_than_its_own_limit(tmp_path: Path) -> None:
+    plan = run_of(tmp_path / "s.jsonl", "hang", "b", limit_s=0.5)
+    records = run_cases(within(plan, 60.0), ignore)
+    assert [(r.variant, r.status) for r in records] == [("hang", "timeout"), ("b", "ok")]
+    assert records[0].reason == "no answer within its time limit of 0.5 s"
+
+
+def test_a_record_whose_definition_is_no_cases_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    plan = run_of(path, "a")
+    (record,) = run_cases(plan, ignore)
+    append_record(path, replace(record, definition={}))
+    assert finished_cases(plan) == {}
+
+
+def test_a_run_goes_on_with_cases_that_were_never_tried(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    run_cases(run_of(path, "bug", "a"), ignore)
+    plan = run_of(path, "bug", "a", "new", "b")
+    assert [case.variant for case in untried_first(plan)] == ["new", "b", "bug", "a"]
+
+
+def test_two_time_limits_in_a_row_end_a_case_for_runs_with_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    plan = run_of(path, "hang", limit_s=0.2)
+    limited = within(plan, 60.0)
+    run_cases(plan, ignore)
+    assert finished_cases(limited) == {}
+    run_cases(plan, ignore)
+    assert [r.status for r in finished_cases(limited).values()] == ["timeout"]
+    assert finished_cases(plan) == {}  # whoever has all the time in the world tries it again
+    assert timeouts(path) == ["hang", "hang"]
+    newer = replace(limited, environment=replace(plan.environment, torch="2.11.0"))
+    assert finished_cases(newer) == {}
+
+
+def test_a_time_limit_after_another_failure_is_the_first_one(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    plan = run_of(path, "hang", limit_s=0.2)
+    (record,) = run_cases(plan, ignore)
+    for status in ("failed", "timeout"):
+        append_record(path, replace(record, status=status))
+    assert finished_cases(within(plan, 60.0)) == {}
 
 
 # A shell's background jobs ignore Ctrl-C, and so would all that they start: these tests too.

@@ -40,12 +40,12 @@ _HEADERS = {
     "crt/host_defines.h": "nvidia-cuda-crt",
     "nv/target": "nvidia-cuda-cccl",
 }
-_SOURCE_OF = {
-    "libcudart": "runtime.cpp",
-    "libnvrtc": "nvrtc.cpp",
-    "libcublasLt": "cublas_lt.cpp",
-    "libcublas": "cublas.cpp",
-    "libcudnn": "cudnn.cpp",
+_SOURCES_OF = {
+    "libcudart": ("runtime.cpp", "streams.cpp"),
+    "libnvrtc": ("nvrtc.cpp",),
+    "libcublasLt": ("cublas_lt.cpp",),
+    "libcublas": ("cublas.cpp",),
+    "libcudnn": ("cudnn.cpp",),
 }
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-attributes")
 _LOOK = """
@@ -108,7 +108,7 @@ def build(python: str) -> Path:
     """
     torch = find_torch(python)
     headers = header_folders(torch)
-    real = {name: _real_library(torch, name) for name in _SOURCE_OF}
+    real = {name: _real_library(torch, name) for name in _SOURCES_OF}
     compiler = find_compiler()
     if shutil.which("nm") is None:
         raise MembenchError("nm lists what a library exports, and is not here; install binutils")
@@ -180,7 +180,7 @@ class _Builder:
         self._link("libstandin_device.so", [self._object("device.cpp")])
         self._driver()
         for name, path in real.items():
-            self._replacing(path, self._object(_SOURCE_OF[name]))
+            self._replacing(path, [self._object(source) for source in _SOURCES_OF[name]])
         shared = ["-lstandin_device"]
         self._link("libnvidia-ml.so.1", [self._object("nvml.cpp"), *shared])
 
@@ -193,14 +193,14 @@ class _Builder:
         self._link("libcuda.so.1", [code, rest, "-lstandin_device"])
         (self.made / "libcuda.so").symlink_to("libcuda.so.1")  # what Triton links to
 
-    def _replacing(self, real: Path, code: Path) -> None:
-        names = self._exported(real) - self._defined(code)
+    def _replacing(self, real: Path, codes: Sequence[Path]) -> None:
+        names = self._exported(real).difference(*map(self._defined, codes))
         rest = self._rest(real.name, names)
         versions = self.scratch / f"{real.name}.map"
         versions.write_text(f"{real.name} {{ global: *; }};\n")
         script = f"-Wl,--version-script={versions}"
         # The runtime asks the driver's library for attributes; it was built before.
-        self._link(real.name, [code, rest, script, "-lstandin_device", "-l:libcuda.so.1"])
+        self._link(real.name, [*codes, rest, script, "-lstandin_device", "-l:libcuda.so.1"])
 
     def _object(self, source: str) -> Path:
         made = self.scratch / f"{source}.o"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from bench.errors import MembenchError, nearest
 from bench.predict.cards import Card, card_name_for_gpu, find_card
 from tests.stand_in.build import LIBRARIES
 
-__all__ = ["DEFAULT_CARD", "NAME", "environment", "multiprocessors", "stand_in_card", "write_card"]
+__all__ = ["DEFAULT_CARD", "NAME", "environment", "stand_in_card", "write_card"]
 
 NAME = "stand-in (no kernel runs)"
 """What torch and NVML call the device; a card's name leaves the brackets out."""
@@ -28,16 +27,13 @@ _PIDS = ("own", "host", "hidden")
 _NO_WORKSPACE = {"floor_bytes": 0, "operand_fraction": 0.0}
 
 
-def multiprocessors(card: Card) -> int | None:
-    """Return how many multiprocessors a card has, where its context's source tells."""
-    found = re.search(r"each of the (\d+) multiprocessors", card.context_source)
-    return None if found is None else int(found[1])
-
-
-def stand_in_card(posed: Card, *, memory_bytes: int, context_bytes: int) -> Card:
+def stand_in_card(
+    posed: Card, *, memory_bytes: int, context_bytes: int, multiprocessors: int | None = None
+) -> Card:
     """Return the card that the stand-in is: no workspace, and a context of so many bytes.
 
-    Its name is never that of a card on sale: ``standin-141gb``.
+    ``multiprocessors``: None for as many as the posed card has. The name is never that of a card
+    on sale: ``standin-141gb``.
     """
     said = "set by the stand-in GPU's environment"
     workspace = {"float32": _NO_WORKSPACE, "half": _NO_WORKSPACE, "source": said}
@@ -51,6 +47,7 @@ def stand_in_card(posed: Card, *, memory_bytes: int, context_bytes: int) -> Card
         "context_source": said,
         "convolution_workspace": workspace,
         "calibration": None,
+        "multiprocessors": multiprocessors or posed.multiprocessors,
         "context_cuda": "",
         "context_cuda_source": "",
     }
@@ -76,13 +73,18 @@ def environment(
         "STANDIN_STATE": str(state),
         "STANDIN_MEMORY_BYTES": str(card.memory_bytes),
         "STANDIN_CAPABILITY": "".join(map(str, card.compute_capability)),
+        "STANDIN_MULTIPROCESSORS": str(card.multiprocessors),
+        **own,
     }
-    if (count := multiprocessors(card)) is not None:
-        settings["STANDIN_MULTIPROCESSORS"] = str(count)
-    settings |= own
     cards = state / "cards"
     context_bytes = int(settings.get("STANDIN_CONTEXT_BYTES", "0"))
-    write_card(posed, int(settings["STANDIN_MEMORY_BYTES"]), context_bytes, cards)
+    write_card(
+        posed,
+        int(settings["STANDIN_MEMORY_BYTES"]),
+        context_bytes,
+        cards,
+        multiprocessors=int(settings["STANDIN_MULTIPROCESSORS"]),
+    )
     preloaded = [_library(libraries, name) for name in LIBRARIES]
     paths = [str(_ROOT), *filter(None, [given.get("PYTHONPATH")])]
     return {
@@ -108,9 +110,20 @@ def _check(settings: Mapping[str, str]) -> None:
             raise MembenchError(f"{name} must be one of {', '.join(_PIDS)}, got {value!r}")
 
 
-def write_card(posed: str, memory_bytes: int, context_bytes: int, folder: Path) -> None:
+def write_card(
+    posed: str,
+    memory_bytes: int,
+    context_bytes: int,
+    folder: Path,
+    multiprocessors: int | None = None,
+) -> None:
     """Write the stand-in's card file, see ``stand_in_card``, into a folder of cards."""
-    card = stand_in_card(find_card(posed), memory_bytes=memory_bytes, context_bytes=context_bytes)
+    card = stand_in_card(
+        find_card(posed),
+        memory_bytes=memory_bytes,
+        context_bytes=context_bytes,
+        multiprocessors=multiprocessors,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{card.name}.json").write_text(json.dumps(card.to_dict(), indent=1))
 

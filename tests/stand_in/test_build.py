@@ -199,6 +199,7 @@ def test_what_we_define_answers_as_we_say_and_all_other_exported_names_answer_0(
         "device.cpp": "int shared() { return 5; }",
         "driver.cpp": 'int shared(); extern "C" int cuInit() { return shared(); }',
         "runtime.cpp": 'int shared(); extern "C" int cudaMalloc() { return shared() + 1; }',
+        "streams.cpp": 'extern "C" int cudaEventQuery() { return 3; }',
         "nvml.cpp": 'extern "C" int nvmlInit() { return 7; }',
         **dict.fromkeys(["cudnn.cpp", "cublas.cpp", "cublas_lt.cpp", "nvrtc.cpp"], ""),
     }
@@ -206,7 +207,8 @@ def test_what_we_define_answers_as_we_say_and_all_other_exported_names_answer_0(
         (sources / name).write_text(code)
     (headers / "cuda.h").write_text("int cuInit(); int cuOther(); // not cudaMalloc, CUresult")
     real = headers.parent / "lib" / "libcudart.so.13"
-    compiled(real, 'extern "C" { int cudaMalloc() { return 1; } int cudaFree() { return 1; } }')
+    exported = ("cudaMalloc", "cudaFree", "cudaEventQuery")
+    compiled(real, "\n".join(f'extern "C" int {name}() {{ return 1; }}' for name in exported))
     for name in ("libnvrtc.so.13", *OTHERS):
         compiled(real.with_name(name), f'extern "C" int {name.split(".")[0]}() {{ return 1; }}')
     monkeypatch.setattr(build_module, "SOURCES", sources)
@@ -215,7 +217,7 @@ def test_what_we_define_answers_as_we_say_and_all_other_exported_names_answer_0(
     folder = build(cuda_torch(libraries))
 
     runtime = ctypes.CDLL(str(folder / "libcudart.so.13"))
-    assert (runtime.cudaMalloc(), runtime.cudaFree()) == (6, 0)
+    assert (runtime.cudaMalloc(), runtime.cudaFree(), runtime.cudaEventQuery()) == (6, 0, 3)
     driver = ctypes.CDLL(str(folder / "libcuda.so"))
     assert (driver.cuInit(), driver.cuOther()) == (5, 0)
     assert not hasattr(driver, "CUresult")

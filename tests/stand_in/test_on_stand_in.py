@@ -157,6 +157,33 @@ def test_devices_are_chosen_by_number_and_by_uuid(gpu: StandIn) -> None:
         assert out == f"[0, 0, {(1 << 30) + CONTEXT}]\n"
 
 
+def test_half_precision_attention_is_cudnns_and_comes_back(gpu: StandIn) -> None:
+    """On compute capability 9.0 torch prefers cuDNN's, and says so in the graph's node."""
+    script = (
+        "import torch; from torch.nn import functional as F\n"
+        "from torch.nn.attention import SDPBackend, sdpa_kernel\n"
+        "q = torch.randn(1, 4, 128, 64, device='cuda', dtype=torch.float16, requires_grad=True)\n"
+        "with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):\n"
+        "    y = F.scaled_dot_product_attention(q, q, q)\n"
+        "y.sum().backward()\n"
+        "print(type(y.grad_fn).__name__, tuple(q.grad.shape))"
+    )
+    code, out, error = gpu.run("-c", script)
+    assert out == "ScaledDotProductCudnnAttentionBackward0 (1, 4, 128, 64)\n", error
+    assert code == 0, error
+
+
+def test_the_shims_prediction_is_that_of_a_machine_without_a_gpu(gpu: StandIn) -> None:
+    predict = ("-m", "bench", "run", "table1", "--case", CASE, "--device", "predict", "--json")
+    command = (*predict, "--card", "h200-141gb", "--results", str(gpu.state / "results"))
+    here = json.loads(gpu.run(*command, MEMBENCH_TRACER="cuda-shim")[1])
+    elsewhere = json.loads(gpu.run(*command, CUDA_VISIBLE_DEVICES="")[1])
+
+    assert (here["status"], here["tracer"]) == ("ok", "cuda-shim"), here["reason"]
+    assert elsewhere["tracer"] == "cuda-shim"
+    assert here["phases"] == elsewhere["phases"]
+
+
 def test_doctor_finds_all_of_it(gpu: StandIn) -> None:
     code, out, error = gpu.run("-m", "bench", "doctor")
 

@@ -12,7 +12,7 @@ from bench.errors import MembenchError
 from bench.predict.cards import all_cards, find_card
 from bench.record import read_records
 from tests.stand_in.build import LIBRARIES
-from tests.stand_in.pose import NAME, environment, multiprocessors, stand_in_card, write_card
+from tests.stand_in.pose import NAME, environment, stand_in_card, write_card
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def test_it_takes_memory_capability_and_multiprocessors_of_the_card(libraries: P
 
     assert found["STANDIN_MEMORY_BYTES"] == str(find_card("v100-32gb").memory_bytes)
     assert found["STANDIN_CAPABILITY"] == "70"
-    assert found["STANDIN_MULTIPROCESSORS"] == "80"
+    assert found["STANDIN_MULTIPROCESSORS"] == str(find_card("v100-32gb").multiprocessors) == "80"
     assert found["STANDIN_STATE"] == str(libraries.parent / "state")
 
 
@@ -83,10 +83,15 @@ def test_a_setting_that_is_none_is_refused(
         posing(libraries, **{name: value})
 
 
-def test_multiprocessors_are_known_where_the_cards_source_tells() -> None:
-    assert multiprocessors(find_card("h200-141gb")) == 132
-    own = stand_in_card(find_card("h200-141gb"), memory_bytes=1 << 34, context_bytes=0)
-    assert multiprocessors(own) is None
+@pytest.mark.parametrize(("given", "count"), [({}, 132), ({"STANDIN_MULTIPROCESSORS": "7"}, 7)])
+def test_prediction_for_the_stand_in_takes_its_multiprocessors(
+    libraries: Path, given: dict[str, str], count: int
+) -> None:
+    found = posing(libraries, "h200-141gb", **given)
+
+    assert found["STANDIN_MULTIPROCESSORS"] == str(count)
+    (path,) = Path(found["MEMBENCH_CARDS"]).iterdir()
+    assert json.loads(path.read_text())["multiprocessors"] == count
 
 
 def test_its_card_has_no_workspace_and_the_name_of_no_card_on_sale() -> None:

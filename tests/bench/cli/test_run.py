@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import shlex
@@ -15,12 +17,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from bench import runner
 from bench.cli import app
 from bench.cli.run import _print_table
-from bench.record import read_records
+from bench.record import Record, read_records
 from tests.bench.records import make_record
 
 ROOT = Path(__file__).resolve().parents[3]
+run_command = importlib.import_module("bench.cli.run")
 
 SUITE = """\
 title: A small suite
@@ -222,6 +226,27 @@ def test_resume_after_a_line_that_was_cut_off_runs_that_case_again(suite: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals as on Linux")
+def test_a_run_out_of_time_says_what_is_left_and_resume_finishes(
+    suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = runner.run_cases
+
+    def first_only(plan: runner.Run, report: Any) -> list[Record]:
+        assert plan.limit is not None
+        assert plan.limit.seconds == 50.0
+        return whole(dataclasses.replace(plan, cases=plan.cases[:1]), report)
+
+    monkeypatch.setattr(run_command, "run_cases", first_only)
+    result = predict(suite, "--time-limit", "50")
+    assert result.exit_code == 1
+    assert "3 cases are left: run it again with --resume" in result.stderr
+    assert "small" in result.stdout
+
+    monkeypatch.setattr(run_command, "run_cases", whole)
+    assert predict(suite, "--resume", "--time-limit", "100").exit_code == 0
+    assert len(list(read_records(results_of(suite)))) == 4
+
+
 def test_ctrl_c_says_how_to_go_on_and_resume_finishes(suite: Path) -> None:
     command = [sys.executable, "-m", "bench", "run", str(suite), "--device", "predict"]
     command += ["--results", str(suite.parent / "results")]

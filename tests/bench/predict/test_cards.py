@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.errors import MembenchError
+from bench.predict import card as card_module
 from bench.predict.cards import (
     Card,
     all_cards,
@@ -19,7 +20,9 @@ from bench.predict.cards import (
     find_card,
     user_cards_folder,
 )
+from bench.predict.shim import TorchBuild
 
+BUILD = TorchBuild(Path("torch"), version="", git_version="", cuda=None, hip=None)
 MIB = 1 << 20
 GIB = 1 << 30
 SHIPPED = {
@@ -96,16 +99,34 @@ def test_the_convolution_workspace_is_the_floor_and_the_fraction_of_the_operands
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "torch_2_11", "torch_2_13"),
     [
-        ("v100-32gb", 8_519_680),  # 2 * 4096 KiB + 8 * 16 KiB
-        ("rtx4090-24gb", 8_519_680),
-        ("h200-141gb", 33_554_432),  # 32 MiB
-        ("rtx5090-32gb", 33_554_432),
+        ("v100-32gb", 8_519_680, 8_519_680),  # 2 * 4096 KiB + 8 * 16 KiB
+        ("rtx4090-24gb", 8_519_680, 8_519_680),
+        ("h200-141gb", 33_554_432, 33_554_432),  # 32 MiB
+        ("b200-180gb", 8_519_680, 33_554_432),
+        ("rtx5090-32gb", 8_519_680, 33_554_432),
     ],
 )
-def test_the_cublas_workspace_grows_at_capability_9(name: str, expected: int) -> None:
-    assert find_card(name).cublas_workspace_bytes == expected
+def test_the_cublas_workspace_grows_at_capability_9_and_with_torch_2_12_beyond(
+    name: str, torch_2_11: int, torch_2_13: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As read with both on a device of each capability, after one small matrix product."""
+    for release, expected in (((2, 11), torch_2_11), ((2, 13), torch_2_13)):
+        monkeypatch.setattr(card_module, "_installed_torch", lambda release=release: release)
+        assert find_card(name).cublas_workspace_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [("2.11.0+cu130", (2, 11)), ("2.13.0a0+git", (2, 13)), ("unknown", (2, 12)), (None, (2, 12))],
+)
+def test_the_torch_that_is_here_is_asked_by_its_files(
+    version: str | None, release: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = version and dataclasses.replace(BUILD, version=version)
+    monkeypatch.setattr(card_module, "torch_build", lambda: found)
+    assert card_module._installed_torch.__wrapped__() == release
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))

@@ -413,6 +413,17 @@ def test_a_file_that_is_no_library_is_refused(
         load_shim(path)
 
 
+def test_a_process_that_loads_the_shim_sees_no_gpu() -> None:
+    code = (
+        "import os\n"
+        "from bench.predict.shim import build_shim, load_shim\n"
+        "load_shim(build_shim()); print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    )
+    done = run_python(code, CUDA_VISIBLE_DEVICES="0")
+
+    assert (done.returncode, done.stdout) == (0, "''\n"), done.stderr
+
+
 # --- the choice of a tracer ---
 
 

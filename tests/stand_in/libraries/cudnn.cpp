@@ -1,5 +1,5 @@
-// A stand-in for cuDNN: every plan of a convolution is found, asks for STANDIN_WORKSPACE_BYTES, and
-// computes nothing.
+// A stand-in for cuDNN: every plan of a convolution or an attention is found, asks for
+// STANDIN_WORKSPACE_BYTES, and computes nothing.
 #include <cuda_runtime_api.h>
 #include <cudnn.h>
 
@@ -91,7 +91,7 @@ cudnnStatus_t cudnnGetBatchNormalizationTrainingExReserveSpaceSize(
   return no_bytes(bytes);
 }
 
-// -- convolutions: plans of the backend interface ---------------------------------------------------
+// -- convolutions and attention: plans of the backend interface -------------------------------------
 
 cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t,
                                            cudnnBackendDescriptor_t* made) {
@@ -114,6 +114,11 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t const,
       if (value != nullptr) {
         *static_cast<int64_t*>(value) = standin::setting("STANDIN_WORKSPACE_BYTES", 0);
       }
+      break;
+    // Attention's plans are refused where they want more than a multiprocessor has, as they seem to
+    // where this is not answered.
+    case CUDNN_ATTR_ENGINECFG_SHARED_MEMORY_USED:
+      if (value != nullptr) *static_cast<int32_t*>(value) = 0;
       break;
     case CUDNN_ATTR_ENGINE_GLOBAL_INDEX:
       if (value != nullptr) *static_cast<int64_t*>(value) = 1;

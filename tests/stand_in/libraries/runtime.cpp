@@ -1,11 +1,10 @@
-// A stand-in for the CUDA runtime (libcudart): memory is counted, streams and events are numbers,
-// kernels are accepted and never run.
+// A stand-in for the CUDA runtime (libcudart): memory is counted, kernels are accepted and never run.
+// Its streams and events are in streams.cpp.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,8 +12,28 @@
 #include <mutex>
 
 #include "device.h"
+#include "runtime.h"
+
+namespace standin {
+
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t fail(cudaError_t error) {
+  last_error = error;
+  return error;
+}
+
+cudaError_t device_answer() {
+  return faulted() ? fail(cudaErrorIllegalAddress) : cudaSuccess;
+}
+
+}  // namespace standin
 
 namespace {
+
+using standin::device_answer;
+using standin::fail;
+using standin::last_error;
 
 constexpr uint64_t kPage = 4096;
 
@@ -26,26 +45,7 @@ struct Block {
 std::mutex lock;
 std::map<uint64_t, Block>& blocks = *new std::map<uint64_t, Block>;        // cudaMalloc's
 std::map<uint64_t, uint64_t>& pinned = *new std::map<uint64_t, uint64_t>;  // cudaHostAlloc's
-thread_local cudaError_t last_error = cudaSuccess;
-std::atomic<uint64_t> next_handle{0x1000};
-
 uint64_t number(const void* address) { return reinterpret_cast<uint64_t>(address); }
-
-template <class Handle>
-cudaError_t new_handle(Handle* handle) {
-  *handle = reinterpret_cast<Handle>(next_handle.fetch_add(64));
-  return cudaSuccess;
-}
-
-cudaError_t fail(cudaError_t error) {
-  last_error = error;
-  return error;
-}
-
-// What every call that reaches the device answers: an error for good once a kernel has faulted.
-cudaError_t device_answer() {
-  return standin::faulted() ? fail(cudaErrorIllegalAddress) : cudaSuccess;
-}
 
 bool in_pinned(uint64_t address) {
   auto after = pinned.upper_bound(address);
@@ -103,19 +103,6 @@ const ErrorText& error_text(cudaError_t error) {
   return other;
 }
 
-// Events are done as soon as they are recorded, unless a test holds them back.
-std::mutex events_lock;
-bool events_held = false;
-uint64_t events_recorded = 0;
-std::map<cudaEvent_t, std::pair<cudaStream_t, uint64_t>> event_places;
-std::map<cudaStream_t, uint64_t> streams_done_to;
-
-bool event_done(cudaEvent_t event) {
-  auto place = event_places.find(event);
-  return !events_held || place == event_places.end() ||
-         place->second.second <= streams_done_to[place->second.first];
-}
-
 struct Launch {
   dim3 grid;
   dim3 block;
@@ -127,17 +114,6 @@ thread_local Launch pushed;
 }  // namespace
 
 extern "C" {
-
-// For tests: from now on an event is done only when its stream is told to be, or waited for.
-void standin_hold_events(int on) {
-  std::lock_guard<std::mutex> guard(events_lock);
-  events_held = on != 0;
-}
-
-void standin_finish_stream(cudaStream_t stream) {
-  std::lock_guard<std::mutex> guard(events_lock);
-  streams_done_to[stream] = events_recorded;
-}
 
 // -- devices ------------------------------------------------------------------------------------
 
@@ -325,83 +301,6 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return cudaMemset(to, value, bytes);
-}
-
-// -- streams and events -------------------------------------------------------------------------
-
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return new_handle(stream); }
-
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
-  return new_handle(stream);
-}
-
-cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
-  *priority = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return device_answer(); }
-cudaError_t cudaStreamQuery(cudaStream_t) { return device_answer(); }
-
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
-                                     unsigned long long* id, cudaGraph_t* graph,
-                                     const cudaGraphNode_t** nodes,
-                                     const cudaGraphEdgeData** edges, size_t* count) {
-  *status = cudaStreamCaptureStatusNone;
-  if (id != nullptr) *id = 0;
-  if (graph != nullptr) *graph = nullptr;
-  if (nodes != nullptr) *nodes = nullptr;
-  if (edges != nullptr) *edges = nullptr;
-  if (count != nullptr) *count = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-  return fail(cudaErrorNotSupported);
-}
-
-cudaError_t cudaEventCreate(cudaEvent_t* event) { return new_handle(event); }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return new_handle(event); }
-
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  std::lock_guard<std::mutex> guard(events_lock);
-  event_places[event] = {stream, ++events_recorded};
-  return device_answer();
-}
-
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
-  return cudaEventRecord(event, stream);
-}
-
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-  std::lock_guard<std::mutex> guard(events_lock);
-  return event_done(event) ? device_answer() : fail(cudaErrorNotReady);
-}
-
-cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  std::lock_guard<std::mutex> guard(events_lock);
-  if (!event_done(event)) {
-    const auto& [stream, place] = event_places[event];
-    streams_done_to[stream] = place;
-  }
-  return device_answer();
-}
-
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  std::lock_guard<std::mutex> guard(events_lock);
-  event_places.erase(event);
-  return cudaSuccess;
-}
-
-// No kernel ran, so there is no time to tell: always 1 ms.
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
-  *milliseconds = 1.0f;
-  return cudaSuccess;
 }
 
 // -- errors -------------------------------------------------------------------------------------
