@@ -6,6 +6,10 @@ since it cannot know what a mode would make of the overwriting. So a step that i
 one activation more than the same step on a card; here the engine's own rule is applied again.
 
 Source of the rule: ``can_accumulate_inplace`` in PyTorch's torch/csrc/autograd/input_buffer.cpp.
+
+Some of autograd's own formulas do the same: into the zeros that they made they scatter a gradient,
+on what they made they go on computing; of tensors that Python dispatches they make others instead.
+Those are written in place here too.
 """
 
 from __future__ import annotations
@@ -23,6 +27,16 @@ __all__ = ["EngineAdds"]
 
 _ADD: Final = torch.ops.aten.add.Tensor
 _ADD_IN_PLACE: Final = torch.ops.aten.add_.Tensor
+_LOGITS: Final = "BinaryCrossEntropyWithLogitsBackward0"
+_OF_LOGITS: Final = {
+    torch.ops.aten.mul.Tensor: torch.ops.aten.mul_.Tensor,
+    torch.ops.aten.sub.Tensor: torch.ops.aten.sub_.Tensor,
+}
+_WRITTEN_BY_FORMULA: Final[dict[Any, Any]] = {
+    torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+    **_OF_LOGITS,
+}
 
 
 class EngineAdds:
@@ -40,6 +54,8 @@ class EngineAdds:
         """Return what the engine would run unwatched: ``func``, or its in-place form."""
         if func is _ADD and self._added_by_engine(args) and self._may_overwrite(args):
             return _ADD_IN_PLACE
+        if func in _WRITTEN_BY_FORMULA and self._goes_on_in_formula(func, args):
+            return _WRITTEN_BY_FORMULA[func]
         return func
 
     def made(self, storage: int) -> None:
@@ -58,6 +74,17 @@ class EngineAdds:
             return False
         storage = args[0].untyped_storage()._cdata
         return self._makers.get(storage, _NO_NODE) != _current_node()
+
+    def _goes_on_in_formula(self, func: Any, args: tuple[Any, ...]) -> bool:
+        if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+            return False
+        if not isinstance(args[0], Tensor) or _called_by_python():
+            return False
+        node: Any = torch._C._current_autograd_node()
+        if node is None or (func in _OF_LOGITS and node.name() != _LOGITS):
+            return False
+        storage = args[0].untyped_storage()._cdata
+        return self._makers.get(storage, _NO_NODE) == _current_node()
 
     def _may_overwrite(self, args: tuple[Any, ...]) -> bool:
         return _uses(args) == self._sole_uses and _is_dense(args[0])

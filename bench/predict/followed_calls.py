@@ -11,7 +11,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from bench.predict.attention import ATTENTION_CALLS, CUDNN_ATTENTION, CUDNN_ESTIMATED
+from bench.predict.indexing import INDEX_CALLS
+from bench.predict.layer_norms import LAYER_NORM_CALLS
+from bench.predict.logit_losses import LOGIT_LOSS_CALLS
 from bench.predict.recurrent_layers import CUDNN_CALLS, ESTIMATED
+from bench.predict.rolls import ROLL_CALLS
 
 __all__ = ["FOLLOWED"]
 
@@ -21,5 +25,10 @@ FOLLOWED: Final[dict[Any, tuple[Callable[..., Any], tuple[str, ...]]]] = {
         for packet, call in ATTENTION_CALLS.items()
     },
     **{packet: (call, (ESTIMATED,)) for packet, call in CUDNN_CALLS.items()},
+    **{
+        packet: (call, ())
+        for calls in (LAYER_NORM_CALLS, ROLL_CALLS, INDEX_CALLS, LOGIT_LOSS_CALLS)
+        for packet, call in calls.items()
+    },
 }
 """Operator -> what runs in its place, and the parts of a prediction that are estimated."""

@@ -13,7 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from bench.predict.reduction_buffers import reduction_buffer_bytes
+from bench.predict.dense_copies import dense_copies
+from bench.predict.reduction_buffers import reduction_buffers
 
 __all__ = ["bias_gradient_bytes", "hidden_bytes", "kept_bytes"]
 
@@ -24,7 +25,9 @@ _HALF: Final = (torch.float16, torch.bfloat16)
 def hidden_bytes(packet: Any, args: tuple[Any, ...], result: Any) -> tuple[int, ...]:
     """Return the sizes of what an operator holds while it runs, taken after its result."""
     rule = _RULES.get(packet)
-    return () if rule is None else tuple(size for size in rule(args, result) if size)
+    if rule is None:
+        return dense_copies(packet, args)
+    return tuple(size for size in rule(args, result) if size)
 
 
 def kept_bytes(packet: Any, args: tuple[Any, ...]) -> int:
@@ -42,7 +45,7 @@ def bias_gradient_bytes(gradient: Tensor) -> tuple[int, ...]:
     """Return the sizes of what the sum holds that is the gradient of a convolution's bias."""
     dims = [d for d in range(gradient.dim()) if d != 1]
     part = max(4, gradient.element_size())
-    return tuple(size for size in (_buffer((gradient, dims), gradient, part),) if size)
+    return _buffers((gradient, dims), gradient, part)
 
 
 def _reduction(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
@@ -57,34 +60,36 @@ def _reduction(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
     part = max(4, result.element_size()) if result.is_floating_point() else result.element_size()
     return (
         int(source.numel() * result.element_size()) if copied else 0,
-        _buffer(args, source, part),
+        *_buffers(args, source, part),
     )
 
 
 def _extreme(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
     """A part is as large as a number; or as a yes or no."""
-    return (_buffer(args, args[0], result.element_size()),)
+    return _buffers(args, args[0], result.element_size())
 
 
 def _norm(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
-    return (_buffer((args[0], *args[2:3]), args[0], max(4, result.element_size())),)
+    return _buffers((args[0], *args[2:3]), args[0], max(4, result.element_size()))
 
 
 def _spread(args: tuple[Any, ...], _: Any) -> tuple[int, ...]:
     """Of a variance, a part is a mean, a sum of squares and two counts."""
     wide = args[0].dtype == torch.float64
-    return (_buffer(args, args[0], 32 if wide else 16, vector=2),)
+    return _buffers(args, args[0], 32 if wide else 16, vector=2)
 
 
-def _buffer(args: tuple[Any, ...], source: Tensor, part_bytes: int, vector: int = 4) -> int:
+def _buffers(
+    args: tuple[Any, ...], source: Tensor, part_bytes: int, vector: int = 4
+) -> tuple[int, ...]:
     if source.device.type != "cuda":
-        return 0
+        return ()
     dims = args[1] if len(args) > 1 else None
     if dims is None or isinstance(dims, bool):
         dims = ()
     elif isinstance(dims, int):
         dims = (dims,)
-    return reduction_buffer_bytes(source, tuple(dims), part_bytes, vector=vector)
+    return reduction_buffers(source, tuple(dims), part_bytes, vector=vector)
 
 
 def _dense_input(args: tuple[Any, ...], _: Tensor) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 """The buffer in which the blocks of a CUDA reduction leave their parts, worked out from the shapes.
 
 Where few results come of many numbers, several blocks share a result: each leaves its part in
-global memory and the last one adds up. Small for a sum over the sides of a contiguous volume; for
-a sum over rows, as of a linear layer's bias gradient, it may be larger than what is summed.
+global memory and the last one adds up; counters beside the parts say which is the last. Small for a
+sum over the sides of a contiguous volume; for a sum over rows, as of a linear layer's bias
+gradient, it may be larger than what is summed.
 
 Follows how torch lays a reduction out over the GPU (seen on 2.11 and 2.13): dimensions that are
 reduced come first, neighbours that lie on end are taken as one, threads go to what lies closest.
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from bench.predict.traced_card import multiprocessors, resident_threads
 
-__all__ = ["reduction_buffer_bytes"]
+__all__ = ["reduction_buffers"]
 
 _MOST_THREADS = 512  # of a block, by all results of its widest loads
 _WARP = 32
 _LEAST_VALUES, _MOST_VALUES = 16, 256  # for each thread
 _INDEXABLE = 2**31 - 1
+_COUNTER_BYTES = 4  # for each column of blocks
 
 
 @dataclass(slots=True)
@@ -36,10 +38,12 @@ class _Layout:
     reduced: int  # how many of them are
 
 
-def reduction_buffer_bytes(
+def reduction_buffers(
     source: Tensor, dims: tuple[int, ...], part_bytes: int, *, vector: int = 4
-) -> int:
-    """Return the bytes of a reduction's buffer over ``dims``; of all dimensions where empty.
+) -> tuple[int, ...]:
+    """Return the bytes of the parts and of the counters of a reduction over ``dims``, or nothing.
+
+    Of all dimensions where ``dims`` is empty.
 
     ``part_bytes``: of what is kept for a result on the way, as 4 for a sum in float32.
     ``vector``: how many numbers a thread loads at once where it can.
@@ -48,7 +52,7 @@ def reduction_buffer_bytes(
     inputs = prod(layout.sizes[: layout.reduced])
     outputs = prod(layout.sizes[layout.reduced :])
     if inputs <= 1 or outputs == 0 or source.numel() * source.element_size() > _INDEXABLE:
-        return 0
+        return ()
     inner = _reduces_inner(layout)
     lanes = 1 if inner else _output_lanes(source, layout)
     fastest, other = (inputs, outputs) if inner else (outputs // lanes, inputs)
@@ -64,8 +68,9 @@ def reduction_buffer_bytes(
     grid = _parts(outputs // lanes, side)
     blocks = _blocks_of_a_result(values, grid, width * height) if shared else 1
     if blocks == 1:
-        return 0
-    return part_bytes * outputs * blocks * (1 if inner else width * lanes)
+        return ()
+    parts = part_bytes * outputs * blocks * (1 if inner else width * lanes)
+    return parts, _COUNTER_BYTES * grid
 
 
 def _blocks_of_a_result(values: int, grid: int, threads: int) -> int:

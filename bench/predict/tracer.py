@@ -113,7 +113,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._view_gradients.operator(func, args)
         site = self._site(func)
         func = self._engine_adds.operator(func, args)
-        if func.overloadpacket in FOLLOWED and self.device_type == "cuda":
+        followed = self.device_type == "cuda" and self._within is None
+        if followed and func.overloadpacket in FOLLOWED:
             return self._from_within(func.overloadpacket, args, kwargs or {}, site)
         try:
             with forgetting_storages(func, args):

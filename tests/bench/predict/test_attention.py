@@ -13,7 +13,7 @@ import torch
 from bench.errors import MembenchError
 from bench.predict.attention import key_splits, workspace_bytes
 from bench.predict.cards import Card, all_cards, find_card
-from bench.predict.reduction_buffers import reduction_buffer_bytes
+from bench.predict.reduction_buffers import reduction_buffers
 from bench.predict.shim import ShimUnavailable, build_shim
 from bench.predict.traced_card import multiprocessors, resident_threads, trace_for
 
@@ -74,10 +74,10 @@ def test_reductions_are_laid_out_for_the_card_that_is_traced_for() -> None:
     source = torch.empty(8, 4096, 256, device="meta")
     trace_for(find_card("v100-32gb"))
     assert (multiprocessors(), resident_threads()) == (80, 2048)
-    assert reduction_buffer_bytes(source, (), 4) == 4 * 80 * 4  # of 512 threads 4 fit
+    assert reduction_buffers(source, (), 4) == (4 * 80 * 4, 4)  # of 512 threads 4 fit
     trace_for(find_card("rtx3090-24gb"))
     assert (multiprocessors(), resident_threads()) == (82, 1536)
-    assert reduction_buffer_bytes(source, (), 4) == 4 * 82 * 3
+    assert reduction_buffers(source, (), 4) == (4 * 82 * 3, 4)
     trace_for(find_card("t4-16gb"))
     assert (multiprocessors(), resident_threads()) == (40, 1024)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.predict.reduction_buffers import reduction_buffer_bytes
+from bench.predict.reduction_buffers import reduction_buffers
 from bench.predict.shim import ShimUnavailable, build_shim
 from bench.predict.tracer import Tracer
 
@@ -19,31 +19,31 @@ def _rows(*shape: int) -> torch.Tensor:
 
 
 def test_a_sum_over_rows_leaves_a_part_for_each_lane_of_sixteen_blocks() -> None:
-    # 1024 sums of 1024 rows: 4 bytes, 16 blocks for each sum, 32 threads of 4 lanes across.
-    assert reduction_buffer_bytes(_rows(1024, 1024), (0,), 4) == 4 * 1024 * 16 * 32 * 4
+    # 1024 sums of 1024 rows: 4 bytes, 16 blocks for each sum, 32 threads of 4 lanes across; and a
+    # counter of 4 bytes for each of the 8 columns of 32 x 4 sums.
+    parts = 4 * 1024 * 16 * 32 * 4
+    assert reduction_buffers(_rows(1024, 1024), (0,), 4) == (parts, 4 * 8)
 
 
 def test_a_sum_over_the_sides_of_a_volume_leaves_a_part_for_each_block() -> None:
     # One sum of 8 x 4096 x 256 numbers, by 512 threads: a block for each of the 132 x 4 rooms.
-    assert reduction_buffer_bytes(_rows(8, 4096, 256), (), 4) == 4 * 132 * 4
+    assert reduction_buffers(_rows(8, 4096, 256), (), 4) == (4 * 132 * 4, 4)
 
 
 @pytest.mark.parametrize("shape", [(1024, 8), (16, 1024), (1, 1024), (0, 4)])
 def test_a_sum_that_a_block_can_do_leaves_nothing(shape: tuple[int, int]) -> None:
-    assert reduction_buffer_bytes(_rows(*shape), (1 if shape[0] == 1024 else 0,), 4) == 0
+    assert reduction_buffers(_rows(*shape), (1 if shape[0] == 1024 else 0,), 4) == ()
 
 
 def test_a_transposed_matrix_is_summed_as_it_lies() -> None:
     turned = _rows(1024, 1024).T
-    assert reduction_buffer_bytes(turned, (1,), 4) == reduction_buffer_bytes(
-        _rows(1024, 1024), (0,), 4
-    )
-    assert reduction_buffer_bytes(turned, (0,), 4) == 0
+    assert reduction_buffers(turned, (1,), 4) == reduction_buffers(_rows(1024, 1024), (0,), 4)
+    assert reduction_buffers(turned, (0,), 4) == ()
 
 
 def test_what_is_kept_goes_by_how_the_result_lies() -> None:
     # Seen: none for a reversed (8, 4096, 256), whose 256 kept are far apart in the input.
-    assert reduction_buffer_bytes(_rows(256, 4096, 8).permute(2, 1, 0), (1,), 4) == 0
+    assert reduction_buffers(_rows(256, 4096, 8).permute(2, 1, 0), (1,), 4) == ()
 
 
 _SILU_BACKWARD = """
