@@ -161,12 +161,22 @@ def resolve(reference: str, what: str = "network") -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            known = [known for known in dir(found) if not known.startswith("_")]
+            known = _own_names(found)
             raise MembenchError(
                 f"{what} {reference!r}: {module_name} has no {part!r}"
                 f"{nearest(part, known) if len(known) < 2000 else ''}"
             ) from None
     return found
+
+
+def _own_names(found: Any) -> list[str]:
+    """Return the public names of a module, or of a class: what it imported is another's."""
+    names = [name for name in dir(found) if not name.startswith("_")]
+    if not isinstance(found, ModuleType):
+        return names
+    listed = set(getattr(found, "__all__", ()))
+    home = found.__name__
+    return [n for n in names if n in listed or getattr(vars(found)[n], "__module__", "") == home]
 
 
 def _import(reference: str, module: str, what: str) -> ModuleType:

@@ -145,10 +145,15 @@ def _place(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, tensor in list(_own_tensors(module)):
             old.append(tensor)
+            if nn.parameter.is_lazy(tensor):
+                raise MembenchError(
+                    f"{type(module).__name__} has no {name} before its first input: give a factory "
+                    "that names the number of input channels, as with Linear for LazyLinear"
+                )
             setattr(module, name, anew(tensor))
         for name, value in list(vars(module).items()):
             if isinstance(value, list | tuple | dict) and not name.startswith("_"):
-                old.append(value)
+                old.append(_tensors_inside(value))
                 setattr(module, name, _anew_inside(value, anew))
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
@@ -163,11 +168,18 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, value
 
 
-def _anew_inside(value: Any, anew: Callable[[Tensor], Tensor]) -> Any:
-    """Return a container of plain attributes with its tensors made anew; the same one if none."""
+def _tensors_inside(value: Any) -> list[Tensor]:
     parts = value.values() if isinstance(value, dict) else value
-    if not any(isinstance(part, Tensor) for part in parts):
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _anew_inside(value: Any, anew: Callable[[Tensor], Tensor]) -> Any:
+    """Make the tensors of a container anew, within it: another module may hold it as well."""
+    if not _tensors_inside(value):
         return value
-    if isinstance(value, dict):
-        return {k: anew(v) if isinstance(v, Tensor) else v for k, v in value.items()}
-    return type(value)([anew(v) if isinstance(v, Tensor) else v for v in value])
+    if isinstance(value, tuple):
+        return type(value)([anew(v) if isinstance(v, Tensor) else v for v in value])
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(part, Tensor):
+            value[key] = anew(part)
+    return value

@@ -7,7 +7,6 @@ voxel where the output has the input's number of dimensions, one for each sample
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from bench.case import Case
 from bench.errors import MembenchError, nearest
 from bench.imported import InputSpec, is_reference, parse_input, resolve
+from bench.imported_calls import check_inputs, check_loss_call, check_step, takes_target
 from bench.imported_model import build_model, make_tensor
 from bench.losses import LOSS_TARGETS, LOSSES
 from bench.portable import unpack
@@ -140,6 +140,7 @@ def build_imported(case: Case) -> ImportedWorkload:
     inputs = case_inputs(case)
     model, applied, notes = build_model(case, inputs)
     training = case.mode == "train"
+    check_inputs(case.network, model, len(inputs))
     model.train(training)
     optimizer = _optimizer(case, model) if training else None
     if optimizer is not None and applied is not None:
@@ -179,6 +180,7 @@ def _loss(case: Case) -> tuple[Callable[..., Any], str]:
     elif is_reference(case.loss):
         loss = resolve(case.loss, "loss")
         if isinstance(loss, type) and issubclass(loss, nn.Module):
+            check_loss_call(case.loss, loss, 0)
             loss = loss()
     elif case.loss in LOSSES:
         kind = "given" if case.imported.target else LOSS_TARGETS[case.loss][0]
@@ -191,23 +193,11 @@ def _loss(case: Case) -> tuple[Callable[..., Any], str]:
         )
     if not callable(loss):
         raise MembenchError(f"loss {case.loss!r} is a {type(loss).__name__}: name a function")
+    targeted = bool(case.imported.target) or takes_target(loss)
+    check_loss_call(case.loss, loss, 2 if targeted else 1)
     if case.imported.target:
         return loss, "given"
-    return loss, "classes" if _takes_target(loss) else ""
-
-
-def _takes_target(loss: Any) -> bool:
-    """Whether a loss takes (output, target) rather than the output alone."""
-    if isinstance(loss, nn.Module):
-        loss = loss.forward
-    try:
-        parameters = inspect.signature(loss).parameters.values()
-    except (TypeError, ValueError):  # one written in C
-        return True
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    places = [p for p in parameters if p.kind in kinds]
-    starred = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    return starred or len(places) > 1
+    return loss, "classes" if targeted else ""
 
 
 def _target(case: Case, kind: str, image: InputSpec) -> Tensor | None:
@@ -250,6 +240,7 @@ def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
             f"optimizer {case.optimizer!r} gave a {type(optimizer).__name__}: return a "
             "torch.optim.Optimizer made for the parameters that it is called with"
         )
+    check_step(case.optimizer, optimizer)
     _as_on_cuda(optimizer)
     return optimizer
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "ByKeyword",
     "Classifier",
     "Detached",
     "Flexible",
     "Half",
+    "Lazy",
     "ReadsInConstructor",
     "ReadsInForward",
     "Recurrent",
+    "SharedList",
     "Tied",
     "TwoInputs",
     "TwoOutputs",
@@ -24,6 +28,7 @@ __all__ = [
     "make_adamw",
     "no_module",
     "output_norm",
+    "three_arguments",
 ]
 
 
@@ -136,3 +141,35 @@ def no_module() -> int:
 
 def failing() -> nn.Module:
     raise ValueError("the width must be even")
+
+
+class ByKeyword(Flexible):
+    def forward(self, *, image: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(image)
+
+
+class SharedList(Flexible):
+    """Two of its parts hold one list, into which the one puts what the other takes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kept = [torch.zeros(1)]
+        writer: Any = nn.Identity()
+        reader: Any = nn.Identity()
+        writer.kept, reader.kept = kept, kept
+        self.writer, self.reader = writer, reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.writer.kept[0] = self.first(x)
+        result: Tensor = self.last(self.reader.kept[0])
+        return result
+
+
+class Lazy(Flexible):
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.LazyLinear(3)
+
+
+def three_arguments(output: Tensor, target: Tensor, variance: Tensor) -> Tensor:
+    return nn.functional.gaussian_nll_loss(output, target, variance)

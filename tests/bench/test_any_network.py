@@ -176,6 +176,20 @@ def test_a_recurrent_layer_knows_its_weights_anew() -> None:
     assert any(site.module == "cell" for site in trace.sites)
 
 
+def test_a_list_that_two_modules_hold_is_still_one() -> None:
+    """What the one puts into it the other finds: the last convolution sees 4 channels, 8x8x8."""
+    operators = [site.operator for site in traced(case_of("SharedList")).sites]
+    assert operators.count("aten.convolution.default") == 2 * 2  # two steps
+
+
+def test_names_that_a_module_imported_are_not_called_its_own() -> None:
+    with pytest.raises(MembenchError) as error:
+        resolve(f"{NETWORKS}:zzz")
+    assert "'Flexible'" in str(error.value) or "Flexible, " in str(error.value)
+    assert "Iterable" not in str(error.value)
+    assert "nn" not in str(error.value).split("known: ")[1].split(")")[0].split(", ")
+
+
 def test_several_inputs_have_the_types_that_they_are_given() -> None:
     """2x7 tokens in int64 and 2x7x5 weights in float16: 112 and 140 bytes."""
     trace = traced(case_of("TwoInputs", "2x7:int64", "2x7x5:float16"))
@@ -241,6 +255,21 @@ def test_every_tensor_of_an_output_is_in_its_sum() -> None:
         ("Flexible", {"loss": "torch.nn:Identity"}, "not one number"),
         ("Flexible", {"optimizer": "adem"}, "unknown optimizer 'adem' (did you mean"),
         ("Flexible", {"optimizer": f"{NETWORKS}:huge"}, "huge"),
+        ("ByKeyword", {}, "forward takes image by keyword alone, and inputs are given by position"),
+        ("TwoInputs", {}, "cannot be called with 1 input: give one for each argument"),
+        ("Lazy", {}, "LazyLinear has no weight before its first input"),
+        (
+            "Flexible",
+            {"loss": f"{NETWORKS}:three_arguments"},
+            "takes (output, target, variance), and is called with (output, target)",
+        ),
+        ("Flexible", {"loss": "torch.nn:GaussianNLLLoss"}, "takes (input, target, var), and is"),
+        (
+            "Flexible",
+            {"loss": "torch.nn:AdaptiveLogSoftmaxWithLoss"},
+            "is called with nothing, to be made",
+        ),
+        ("Flexible", {"optimizer": "torch.optim:LBFGS"}, "step(closure) cannot be called without"),
         ("no_module", {}, "gave a int, not a torch.nn.Module"),
         ("math:pi", {}, "is a float: name a function or class"),
         ("torch.nn:Identity", {}, "no parameter that is trained: use mode infer"),
@@ -312,7 +341,7 @@ def test_nnunets_network_keeps_less_with_a_technique_applied() -> None:
 def test_a_transformer_whose_constructor_reads_values_is_traced() -> None:
     pytest.importorskip("monai")
     arguments = {"in_channels": 1, "out_channels": 2, "feature_size": 12, "depths": [1, 1, 1, 1]}
-    case = case_of("monai.networks.nets:SwinUNETR", "1x1x32x32x32", arguments=arguments)
+    case = case_of("monai.networks.nets:SwinUNETR", "1x1x64x64x64", arguments=arguments)
     assert traced(case).notes == (BUILT_ON_CPU,)
 
 
