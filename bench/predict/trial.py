@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
+from bench.predict.tracing_process import become
+
 __all__ = ["main", "trial"]
 
 
@@ -18,17 +20,10 @@ def trial(tracer: str) -> str:
 
     Raises RuntimeError if it ran, but not as on the device it was meant for.
     """
-    if tracer == "cuda-shim":
-        from bench.predict.shim import build_shim, load_shim
-
-        load_shim(build_shim())
+    become(tracer)
     import torch
-    import torch.cuda.amp.common
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if tracer == "cuda-shim":
-        # Without this autocast("cuda") warns and does nothing where there is no GPU.
-        torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     device = torch.device("cpu" if tracer == "cpu" else "cuda:0")
     half = torch.bfloat16 if tracer == "cpu" else torch.float16
     with FakeTensorMode(), device:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from typing import Any
 
+from bench.predict.tracing_process import become
 from bench.serve import serve
 
 __all__ = ["main"]
@@ -20,25 +21,9 @@ __all__ = ["main"]
 def main() -> None:
     """Load the tracer that ``MEMBENCH_WORKER_TRACER`` names, then serve cases."""
     tracer = os.environ["MEMBENCH_WORKER_TRACER"]
-    if tracer == "cuda-shim":
-        from bench.predict.shim import build_shim, load_shim
-
-        load_shim(build_shim())
+    become(tracer)
     import torch
-    import torch.cuda.amp.common
 
-    if tracer == "cuda":
-        from bench.predict.recurrent_layers import register_recurrent_layers
-
-        register_recurrent_layers()
-    if tracer == "cuda-shim":
-        from bench.predict.cuda_kernels import register_cuda_kernels
-
-        register_cuda_kernels()
-        # autocast, GradScaler and a checkpoint's recomputation ask this before they use CUDA.
-        torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-        # Emulation counts as support, so torch says yes on every card that CUDA 11 and later knows.
-        torch.cuda.is_bf16_supported = lambda including_emulation=True: True  # noqa: ARG005
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     hello = {
         "tracer": tracer,

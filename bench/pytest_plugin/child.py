@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from bench.predict.tracing_process import become
 from bench.serve import serve
 
 __all__ = ["main"]
@@ -30,19 +31,11 @@ _TAIL_BYTES = 4096
 def main() -> None:
     """Load the tracer that ``MEMBENCH_WORKER_TRACER`` names, then serve tests."""
     tracer = os.environ["MEMBENCH_WORKER_TRACER"]
-    if tracer == "cuda-shim":
-        from bench.predict.shim import build_shim, load_shim
-
-        load_shim(build_shim())
+    become(tracer)
     import torch
     import torch._dynamo  # which optimizers and checkpoints import in the midst of a step
 
     import bench.pytest_plugin.child_run  # noqa: F401 - all of it, once for all tests
-
-    if tracer == "cuda-shim":
-        from bench.predict.cuda_kernels import register_cuda_kernels
-
-        register_cuda_kernels()
 
     gc.freeze()  # what was imported stays: a test's collections need not go through it
     hello = {"tracer": tracer, "torch": torch.__version__}

@@ -11,23 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.cuda.amp.common
 
 from bench.predict.cards import Card
 from bench.pytest_plugin.ledger import PredictedMeter
 
-__all__ = ["answer_for", "let_amp_be_used"]
-
-
-def let_amp_be_used() -> None:
-    """Let autocast and GradScaler be used on the fake GPU, and bf16."""
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.cuda.is_bf16_supported = lambda including_emulation=True: True  # noqa: ARG005
+__all__ = ["answer_for"]
 
 
 def answer_for(card: Card, meter: PredictedMeter) -> None:
     """Let ``torch.cuda`` answer as on ``card``, for the rest of this process."""
-    let_amp_be_used()
     for name, answer in _answers(card, meter).items():
         setattr(torch.cuda, name, answer)
     # Other functions of torch.cuda.memory ask these by their name in that module.
