@@ -357,3 +357,5 @@ def _remarks(measured: Record, predicted: Record, card: Card) -> Iterable[str]:
         return
     for one in calibration.versions.differences(theirs.torch, theirs.cudnn, theirs.driver):
         yield f"calibrated with {one.replace(', here', ', measured with')}"
+    if predicted.uncalibrated:
+        yield f"rests on {', '.join(predicted.uncalibrated)}"

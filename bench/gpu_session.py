@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from bench.calibrate.wanted import NEVER_CALIBRATED
 from bench.errors import MembenchError, nearest
 from bench.gpu import gpu_identity
 from bench.gpu_session_archive import check_place, pack, shim_results, unpack
@@ -65,18 +66,19 @@ def plan(
 ) -> list[Part]:
     """Return the commands of a session in order, see the module.
 
-    ``suites`` are run in the order given; None is all that are shipped.
-    Raises MembenchError for a suite that is not.
+    ``suites`` are run in the order given, and what they call is calibrated; None is all that are
+    shipped. Raises MembenchError for a suite that is not.
     """
     shipped = sorted(path.stem for path in (root / "suites").glob("*.yaml"))
     plans = sorted((root / "results/plans").glob("*.yaml"))
+    seen = [suite for suite in suites or () if suite not in NEVER_CALIBRATED]
     suites = shipped if suites is None else suites
     for suite in suites:
         if suite not in shipped:
             raise MembenchError(f"no suite is called {suite!r}{nearest(suite, shipped)}")
     made = {
         "tests": lambda: [_python("tests", "pytest", *_PYTEST_OPTIONS, "tests")],
-        "calibrate": lambda: [_calibrate(results)],
+        "calibrate": lambda: [_calibrate(results, seen)],
         "measure": lambda: [_measure(suite, results) for suite in suites],
         "plans": lambda: [_plan(path, results) for path in plans],
         "traces": lambda: [_traces(suite, results) for suite in suites],
@@ -97,8 +99,10 @@ def _membench(name: str, *arguments: str, **environment: str) -> Part:
     return replace(_python(name, "bench", *arguments, **environment), keeps_limit=True)
 
 
-def _calibrate(results: Path) -> Part:
-    return _membench("calibrate", "calibrate", "-o", str(results / "cards"))
+def _calibrate(results: Path, suites: Sequence[str]) -> Part:
+    """Calibrate for these suites, for all that may be seen where none is named."""
+    chosen = [argument for suite in suites for argument in ("--suite", suite)]
+    return _membench("calibrate", "calibrate", "-o", str(results / "cards"), *chosen)
 
 
 def _measure(suite: str, results: Path) -> Part:

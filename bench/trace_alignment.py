@@ -3,13 +3,15 @@
 Both are put in one form. Allocations count by their rounded size, frees by which allocation they
 free; frees that follow each other have no order. What is allocated and freed at once, as a
 library's workspace is, stands apart: such temporaries are compared between the events around them,
-and one that differs does not end the agreement of the tensors.
+and one that differs does not end the agreement of the tensors. A predicted one of no bytes, such as
+the workspace of a card that is said to need none, is none; yet it tells who may have taken one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from bench.predict.allocator import round_size
@@ -20,6 +22,7 @@ from bench.predict.trace import Trace as RecordedTrace
 __all__ = ["Alignment", "Parting", "align"]
 
 _Token = tuple[str, int]  # ("alloc", rounded bytes) or ("free", number of the allocation)
+_Temporary = tuple[int, int]  # its rounded bytes and its place among the events
 _BEFORE = -1  # freed here, allocated before the trace began
 
 
@@ -68,23 +71,29 @@ class _Course:
 
     tokens: list[_Token] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-    temporaries: list[list[tuple[int, int]]] = field(default_factory=list)  # (bytes, place)
+    temporaries: list[list[_Temporary]] = field(default_factory=list)
 
 
 def align(predicted: PredictedTrace, recorded: RecordedTrace) -> Alignment:
     """Compare a filled-in trace with a recorded one, which may begin in mid-run.
 
-    The recorded trace is taken to begin at whichever beginning of a predicted phase agrees
-    longest.
+    One that begins with nothing on the GPU begins as the prediction does; any other is taken to
+    begin at whichever beginning of a predicted phase agrees longest.
     """
     theirs = _course(_recorded_events(recorded))
-    starts = _phase_starts(predicted)
-    courses = [_course(_predicted_events(predicted, start)) for start in starts]
+    goes_on = bool(recorded.segments) or ("free", _BEFORE) in theirs.tokens
+    starts = _phase_starts(predicted) if goes_on else [0]
+    courses = [_course(_predicted_events(predicted, start, recorded)) for start in starts]
     ours = max(courses, key=lambda course: _agreement(course, theirs))
     agreeing = _agreement(ours, theirs)
     counted = _Temporaries()
     for number in range(min(agreeing + 1, len(ours.tokens), len(theirs.tokens))):
-        counted.compare(ours.temporaries[number], theirs.temporaries[number], predicted, recorded)
+        counted.compare(
+            ours.temporaries[number],
+            theirs.temporaries[number],
+            (predicted, ours.places[number]),
+            recorded,
+        )
     return Alignment(
         events=len(theirs.tokens),
         agreeing=agreeing,
@@ -107,11 +116,14 @@ def _phase_starts(trace: PredictedTrace) -> list[int]:
     return [0, *(place for place, event in enumerate(trace.events) if event[0] == "phase")]
 
 
-def _predicted_events(trace: PredictedTrace, start: int) -> Iterable[tuple[str, Any, int, int]]:
+def _predicted_events(
+    trace: PredictedTrace, start: int, recorded: RecordedTrace
+) -> Iterable[tuple[str, Any, int, int]]:
     for place in range(start, len(trace.events)):
         event = trace.events[place]
-        if event[0] == "alloc" and event[2]:
-            yield "alloc", event[1], event[2], place
+        if event[0] == "alloc":
+            size = round_size(event[2], recorded.settings) if event[2] else 0
+            yield "alloc", event[1], size, place
         elif event[0] == "free":
             yield "free", event[1], 0, place
 
@@ -125,17 +137,20 @@ def _recorded_events(trace: RecordedTrace) -> Iterable[tuple[str, Any, int, int]
 
 
 def _course(events: Iterable[tuple[str, Any, int, int]]) -> _Course:
-    """Put events (kind, identity, bytes, place) into the one form."""
-    course, waiting = _Course(), list(events)
+    """Put events (kind, identity, rounded bytes, place) into the one form."""
+    course = _Course()
+    waiting, empty = _without_empty(events)
     numbers: dict[Any, int] = {}
     made = 0
     frees: list[tuple[int, int]] = []
-    between: list[tuple[int, int]] = []
+    between: list[_Temporary] = []
 
-    def release() -> None:
+    def release(until: int) -> None:
         for number, place in sorted(frees):
             _append(course, ("free", number), place, between)
         frees.clear()
+        while empty and empty[0][1] < until:
+            between.append(empty.pop(0))
 
     skipped: set[int] = set()
     for index, (kind, identity, size, place) in enumerate(waiting):
@@ -144,17 +159,31 @@ def _course(events: Iterable[tuple[str, Any, int, int]]) -> _Course:
         if kind == "free":
             frees.append((numbers.pop(identity, _BEFORE), place))
             continue
-        release()
+        release(place)
         own = _own_free(waiting, index)
         if own is not None:
-            between.append((-(-size // 512) * 512, place))
+            between.append((size, place))
             skipped.add(own)
         else:
-            _append(course, ("alloc", -(-size // 512) * 512), place, between)
+            _append(course, ("alloc", size), place, between)
             numbers[identity] = made
             made += 1
-    release()
+    release(0)
     return course
+
+
+def _without_empty(
+    events: Iterable[tuple[str, Any, int, int]],
+) -> tuple[list[tuple[str, Any, int, int]], list[_Temporary]]:
+    """Take allocations of no bytes, and their frees, out of the events."""
+    left: list[tuple[str, Any, int, int]] = []
+    empty: dict[Any, _Temporary] = {}
+    for kind, identity, size, place in events:
+        if kind == "alloc" and not size:
+            empty[identity] = (0, place)
+        elif kind == "alloc" or identity not in empty:
+            left.append((kind, identity, size, place))
+    return left, list(empty.values())
 
 
 def _own_free(events: Sequence[tuple[str, Any, int, int]], index: int) -> int | None:
@@ -168,7 +197,7 @@ def _own_free(events: Sequence[tuple[str, Any, int, int]], index: int) -> int | 
     return None
 
 
-def _append(course: _Course, token: _Token, place: int, between: list[tuple[int, int]]) -> None:
+def _append(course: _Course, token: _Token, place: int, between: list[_Temporary]) -> None:
     course.tokens.append(token)
     course.places.append(place)
     course.temporaries.append(list(between))
@@ -183,28 +212,46 @@ class _Temporaries:
 
     def compare(
         self,
-        ours: Sequence[tuple[int, int]],
-        theirs: Sequence[tuple[int, int]],
-        predicted: PredictedTrace,
+        ours: Sequence[_Temporary],
+        theirs: Sequence[_Temporary],
+        before: tuple[PredictedTrace, int],
         recorded: RecordedTrace,
     ) -> None:
-        """Compare the temporaries between two events, in order."""
+        """Compare the temporaries between two events, in order.
+
+        ``before``: the predicted trace and the place of the event that comes after them.
+        """
         self.total += len(theirs)
-        for number in range(max(len(ours), len(theirs))):
-            mine = ours[number] if number < len(ours) else None
-            other = theirs[number] if number < len(theirs) else None
-            if mine is not None and other is not None and mine[0] == other[0]:
-                self.agreeing += 1
-            elif self.first is None:
-                site = _site_at(predicted, mine[1]) if mine else Site("", "", "")
-                self.first = Parting(
-                    site.operator,
-                    site.module,
-                    site.source_line,
-                    f"a temporary of {mine[0]} bytes" if mine else "no temporary",
-                    f"one of {other[0]} bytes" if other else "none",
-                    recorded.events[other[1]].place if other else None,
-                )
+        taken = [one for one in ours if one[0]]
+        pairs = list(zip_longest(taken, theirs))
+        self.agreeing += sum(_alike(mine, other) for mine, other in pairs)
+        if self.first is None and not all(_alike(mine, other) for mine, other in pairs):
+            if len(ours) == len(theirs):  # those of no bytes are the recorded ones' places
+                pairs = list(zip_longest(ours, theirs))
+            mine, other = next((m, o) for m, o in pairs if not _alike(m, o))
+            self.first = _differing(mine, other, before, recorded)
+
+
+def _alike(mine: _Temporary | None, other: _Temporary | None) -> bool:
+    return mine is not None and other is not None and mine[0] == other[0]
+
+
+def _differing(
+    mine: _Temporary | None,
+    other: _Temporary | None,
+    before: tuple[PredictedTrace, int],
+    recorded: RecordedTrace,
+) -> Parting:
+    predicted, place = before
+    site = _site_at(predicted, place if mine is None else mine[1])
+    return Parting(
+        site.operator,
+        site.module,
+        site.source_line,
+        "no temporary" if mine is None or not mine[0] else f"a temporary of {mine[0]} bytes",
+        "none" if other is None else f"one of {other[0]} bytes",
+        None if other is None else recorded.events[other[1]].place,
+    )
 
 
 def _parting(

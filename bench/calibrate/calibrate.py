@@ -79,7 +79,7 @@ def calibrate(
     path = (settings.folder or user_cards_folder()) / f"{card.name}.json"
     section = load_section(path, hello)
     cases = calibrated_cases(settings.suites)
-    section.suites = settings.suites or ("all shipped",)
+    section.suites = tuple(sorted({*section.suites, *(settings.suites or ("all shipped",))}))
     section.remaining = max(section.remaining, 1)  # not complete until it is known to be
     save_card(card, section, path)  # a folder that cannot be written is found before the hour
     if wanted is None:

@@ -1,7 +1,8 @@
 """What the suites' cases call, found by tracing each; kept case by case for the next piece.
 
 A piece of a calibration may end before all cases are traced. What it has traced is in membench's
-cache folder, a line a case, and the next piece traces the others.
+cache folder, a line a case, and the next piece traces the others; what other code traced is not
+taken.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ __all__ = ["gather"]
 
 _TRACE_LIMIT_S = 300.0
 _TRACERS_LIMIT = 8
+_BENCH = Path(__file__).resolve().parents[1]
+_PACKAGES = (_BENCH, _BENCH.with_name("memsave"))
 Answer = dict[str, Any]
 
 
@@ -36,8 +39,7 @@ def gather(cases: Sequence[Case], share: float, limit: TimeLimit | None = None) 
     ``share`` of the input shapes is held out. Raises MembenchError where the cache takes no more.
     """
     tracer, _ = choose_tracer()
-    name = hashlib.sha256(json.dumps([tracer, _versions()]).encode()).hexdigest()[:16]
-    traced = _Traced(cache_folder() / f"calibration-calls-{name}.jsonl")
+    traced = _Traced(cache_folder() / f"calibration-calls-{_tracing(tracer)}.jsonl")
     missing = [case for case in cases if case.digest() not in traced.answers]
     if missing:
         count = min(usable_cores(), _TRACERS_LIMIT, len(missing))
@@ -129,9 +131,13 @@ class _Tracers:
         self.traced.keep(case, answer)
 
 
-def _versions() -> list[str | None]:
-    from bench import __version__
+def _tracing(tracer: str) -> str:
+    """Return a name for all tracing that is done alike: by this code with this torch."""
     from bench.predict.shim import torch_build
 
     torch = torch_build()
-    return [__version__, torch.version if torch else None]
+    alike = hashlib.sha256(f"{tracer} {torch.version if torch else None}".encode())
+    for package in _PACKAGES:
+        for path in sorted(package.rglob("*.py")):
+            alike.update(path.read_bytes())
+    return alike.hexdigest()[:16]

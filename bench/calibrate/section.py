@@ -117,6 +117,8 @@ def load_section(path: Path, software: dict[str, Any]) -> Section:
         raise MembenchError(f"{path}: the card cannot be read: {error}") from None
     if not data:
         return Section(software)
+    if not isinstance(data, dict):
+        raise MembenchError(f"{path}: its calibration is no JSON object: remove the file")
     theirs = {name: data.get(name) for name in _SOFTWARE}
     if theirs != software or data.get("schema_version") != CALIBRATION_SCHEMA:
         changed = ", ".join(f"{n} {theirs[n]}" for n in _SOFTWARE if theirs[n] != software[n])
@@ -125,8 +127,9 @@ def load_section(path: Path, software: dict[str, Any]) -> Section:
 
 
 def _restored(data: dict[str, Any], software: dict[str, Any], path: Path) -> Section:
-    section = Section(software, notes=list(data["notes"]))
+    section = Section(software)
     try:
+        section.notes = list(data["notes"])
         for name, into in (("convolutions", section.readings), ("held_out", section.held_out)):
             into.update(_reading(row) for row in data[name])
         section.readings.update(_reading(row) for row in data["not_measured"])
@@ -134,11 +137,12 @@ def _restored(data: dict[str, Any], software: dict[str, Any], path: Path) -> Sec
             call = OperatorCall(row["operator"], row["arguments"])
             section.operators[call] = row["temporary_bytes"]
         section.seen_operators = set(data["operators_tried"])
+        section.suites = tuple(data["suites"])
         section.context = {
             **data["context"],
             "cublas_workspace_bytes": data["cublas_workspace_bytes"],
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MembenchError(
             f"{path}: its calibration cannot be gone on with ({error!r}): remove the file"
         ) from None

@@ -11,6 +11,9 @@ from bench.cli.console import err, out, user_errors
 from bench.errors import MembenchError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from bench.fidelity import Fidelity, Predicting
     from bench.record import Record
     from bench.runner import Progress
@@ -25,7 +28,8 @@ def fidelity(
         typer.Argument(help="Files of measured records (.jsonl), or folders of them."),
     ],
     case: Annotated[
-        str | None, typer.Option(help="Compare only the cases whose name matches this glob.")
+        list[str] | None,
+        typer.Option(help="Compare only the cases whose name matches this glob; may be repeated."),
     ] = None,
     trace: Annotated[
         Path | None,
@@ -56,6 +60,8 @@ def fidelity(
         from bench.runner import TimeLimit
 
         limit = None if time_limit is None else TimeLimit.from_now(time_limit)
+        if trace is not None:
+            _check_alone({"--output": output, "--keep": keep, "--time-limit": time_limit})
 
         records = _chosen(measured_records(read_results(results), results), case)
         if trace is not None:
@@ -68,13 +74,13 @@ def fidelity(
         raise typer.Exit(1)
 
 
-def _chosen(records: list[Record], glob: str | None) -> list[Record]:
-    from fnmatch import fnmatchcase
+def _chosen(records: list[Record], globs: list[str] | None) -> list[Record]:
+    from bench.globs import choose
 
-    chosen = [r for r in records if glob is None or fnmatchcase(r.case, glob)]
-    if not chosen:
+    chosen, missing = choose(records, globs, lambda record: (record.case,))
+    if missing is not None:
         raise MembenchError(
-            f"no measured case matches {glob!r}; there are "
+            f"no measured case matches {missing!r}; there are "
             f"{', '.join(sorted({r.case for r in records})[:10])}"
         )
     return chosen
@@ -146,16 +152,50 @@ def _print_table(title: str, rows: list[dict[str, str]]) -> None:
     out().print(table)
 
 
+def _check_alone(options: dict[str, object]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise MembenchError(f"--trace compares the events of one case: leave out {name}")
+
+
 def _align(path: Path, records: list[Record]) -> Alignment:
     from bench.predict.trace_file import read_trace
     from bench.predicted_trace import predicted_trace
     from bench.trace_alignment import align
 
     recorded = read_trace(path)
-    if len(records) > 1:
-        listed = ", ".join(r.case for r in records[:10])
-        raise MembenchError(f"--trace is of one case, name it with --case: {listed}")
-    return align(predicted_trace(records[0]), recorded)
+    return align(predicted_trace(_traced(path, recorded.definition, records)), recorded)
+
+
+def _traced(path: Path, definition: Mapping[str, Any], records: list[Record]) -> Record:
+    """Return the record of the trace's case: by its definition where the file has one."""
+    from bench.case import Case
+
+    names = ", ".join(list(dict.fromkeys(r.case for r in records))[:10])
+    if definition:
+        try:
+            case = Case.from_definition(dict(definition))
+        except MembenchError as error:
+            raise MembenchError(f"{path}: {error}") from None
+        same = [r for r in records if _is_of(r, case.digest())]
+        if not same:
+            raise MembenchError(
+                f"{path} is of {case.name}, of which there is no such measured record; there are "
+                f"{names}"
+            )
+        return same[-1]
+    if len({r.case for r in records}) > 1:
+        raise MembenchError(f"--trace is of one case, name it with --case: {names}")
+    return records[-1]
+
+
+def _is_of(record: Record, digest: str) -> bool:
+    from bench.case import Case
+
+    try:
+        return Case.from_definition(record.definition).digest() == digest
+    except MembenchError:  # a record from elsewhere, of something that this version has not
+        return False
 
 
 def _print_alignment(found: Alignment, json: bool) -> None:
@@ -177,3 +217,5 @@ def _print_alignment(found: Alignment, json: bool) -> None:
         )
     if found.parting is not None:
         console.print(f"tensors part at {found.parting}", soft_wrap=True, markup=False)
+    if not found.agreeing:
+        err().print("nothing agrees: is the trace of another case?", soft_wrap=True)

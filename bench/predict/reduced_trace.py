@@ -39,6 +39,7 @@ def reduced_trace(data: Mapping[str, Any], device: int | None) -> Trace:
     if device not in (None, 0):
         raise TraceFormatError(f"it has no device {device}, only device 0")
     recorded = data.get("settings")
+    definition = data.get("definition")
     settings = settings_from_snapshot(recorded) if isinstance(recorded, dict) else None
     settings = settings or AllocatorSettings()
     events = tuple(_event(row, index) for index, row in enumerate(_rows(data, "events")))
@@ -66,6 +67,7 @@ def reduced_trace(data: Mapping[str, Any], device: int | None) -> Trace:
         )
         if "final_segments" in expected
         else frozenset(),
+        definition=definition if isinstance(definition, dict) else {},
     )
 
 

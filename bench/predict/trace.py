@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -76,7 +76,10 @@ class RecordedSegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """A device's trace: the state at its start, what happened, and the reserved bytes recorded."""
+    """A device's trace: the state at its start, what happened, and the reserved bytes recorded.
+
+    ``definition``: that of the case, where the file holds one, as ``Case.to_definition`` gives it.
+    """
 
     device: int
     settings: AllocatorSettings
@@ -86,6 +89,7 @@ class Trace:
     reserved_peak_bytes: int
     reserved_end_bytes: int
     end_addresses: frozenset[int] = frozenset()  # of the segments at the end, where recorded
+    definition: Mapping[str, Any] = field(default_factory=dict)
 
 
 class AddressUse:

@@ -30,6 +30,7 @@ from bench.case import Case
 from bench.cli.calibrate import calibrate as calibrate_command
 from bench.errors import MembenchError
 from bench.predict.alloc_conf import AllocatorSettings
+from bench.predict.calibration import CALIBRATION_SCHEMA
 from bench.predict.call_notes import operator_call
 from bench.predict.cards import Card, find_card
 from bench.predict.case_calls import case_calls
@@ -125,6 +126,14 @@ def test_a_piece_out_of_time_is_gone_on_with_where_it_stopped(tmp_path: Path) ->
     assert again.asked == []
 
 
+def test_the_card_names_the_suites_of_all_its_pieces(tmp_path: Path) -> None:
+    for suite in ("table1", "flare21", "table1"):
+        measured(tmp_path, suites=(suite,))
+
+    section = json.loads((tmp_path / "h200-141gb.json").read_text())["calibration"]
+    assert section["suites"] == ["flare21", "table1"]
+
+
 def test_other_software_is_measured_anew_and_says_so(tmp_path: Path) -> None:
     measured(tmp_path)
 
@@ -133,6 +142,34 @@ def test_other_software_is_measured_anew_and_says_so(tmp_path: Path) -> None:
 
     assert section.readings == {}
     assert section.notes == ["measured anew: the one before was with driver 580.1"]
+
+
+@pytest.mark.parametrize(
+    ("calibration", "said"),
+    [
+        (3, "its calibration is no JSON object: remove the file"),
+        ([1], "its calibration is no JSON object: remove the file"),
+        ({}, None),
+        ({"notes": None}, "cannot be gone on with"),
+        (
+            {"notes": [], "suites": [], "convolutions": [3], "held_out": []},
+            "cannot be gone on with",
+        ),
+    ],
+)
+def test_a_section_of_another_form_is_named_with_its_file(
+    tmp_path: Path, calibration: Any, said: str | None
+) -> None:
+    if isinstance(calibration, dict) and calibration:
+        calibration = {**HELLO, "schema_version": CALIBRATION_SCHEMA, **calibration}
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"calibration": calibration}))
+    if said is None:
+        assert load_section(path, HELLO).readings == {}
+        return
+    with pytest.raises(MembenchError, match=said) as raised:
+        load_section(path, HELLO)
+    assert str(path) in str(raised.value)
 
 
 def test_a_call_that_ends_the_process_costs_that_call_alone(tmp_path: Path) -> None:

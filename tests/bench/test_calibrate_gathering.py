@@ -95,6 +95,26 @@ def test_a_case_that_takes_longer_than_any_may_is_left_out_for_good(
     assert tracers == ["slow", "b"]
 
 
+def test_what_other_code_traced_is_traced_again(
+    tracers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr(gathering, "_PACKAGES", (package,))
+    for source in ("x = 1", "x = 1", "x = 2"):
+        (package / "tracer.py").write_text(source)
+        gather([make_case(variant="a")], 0.0)
+
+    assert tracers == ["a", "a"]
+
+
+def test_the_code_that_counts_is_that_of_both_packages() -> None:
+    assert [(p.name, (p / "__init__.py").is_file()) for p in gathering._PACKAGES] == [
+        ("bench", True),
+        ("memsave", True),
+    ]
+
+
 def test_a_line_that_was_cut_off_is_traced_again(tracers: list[str], tmp_path: Path) -> None:
     cases = [make_case(variant=name) for name in ("a", "b")]
     whole = gather(cases, 0.0)

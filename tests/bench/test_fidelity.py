@@ -16,7 +16,6 @@ from bench import fidelity as fidelity_module
 from bench.case import Case
 from bench.cli.fidelity import fidelity as fidelity_command
 from bench.errors import MembenchError
-from bench.export.recording import record_run
 from bench.fidelity import (
     Compared,
     Fidelity,
@@ -26,16 +25,11 @@ from bench.fidelity import (
     measured_records,
     spread,
 )
-from bench.predict.alloc_conf import AllocatorSettings
-from bench.predict.allocator import DEFAULT_POOL
+from bench.predict.calibration import CALIBRATION_SCHEMA
 from bench.predict.cards import find_card
-from bench.predict.step_trace import Event, Site, Trace
-from bench.predict.trace import Trace as RecordedTrace
-from bench.predict.trace import TraceEvent
 from bench.record import Record, append_record
 from bench.report.fidelity import fidelity_markdown, groups, summary_rows
 from bench.runner import Progress, TimeLimit
-from bench.trace_alignment import align
 from bench.units import MIB
 from tests.bench.records import GIB, make_record
 
@@ -306,6 +300,23 @@ def test_what_else_differs_is_said(predicting: Callable[[Predict], list[Any]]) -
     )
 
 
+def test_what_a_calibration_did_not_measure_is_said(
+    predicting: Callable[[Predict], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"schema_version": CALIBRATION_SCHEMA, "context": {"networks_bytes": {}}}
+    calibration = {**section, "convolutions": [], "operators": []}
+    card = dataclasses.replace(find_card("v100-32gb"), calibration=calibration)
+    monkeypatch.setattr(fidelity_module, "find_card", lambda _: card)
+    outside = "convolution workspace (extrapolated)"
+    predicting(lambda case: {"uncalibrated": (outside,) if case.variant == "b" else ()})
+
+    measured_there, outside_of_it = compare([measured(), measured(variant="b")]).compared
+
+    assert not [one for one in measured_there.remarks if "rests on" in one]
+    assert outside_of_it.remarks[-1] == f"rests on {outside}"
+    assert (measured_there.heldout, outside_of_it.heldout) == (False, True)
+
+
 def results(folder: Path, *records: Record) -> Path:
     for record in records:
         append_record(folder / "table1.measured.jsonl", record)
@@ -420,130 +431,3 @@ def test_the_report_names_versions_causes_worst_cases_and_what_was_left_out() ->
     for part in ("## Differences by cause", "fcn/full/", "fcn/verdict/", "no such network"):
         assert part in text
     assert "No case is `ok` on both sides." in fidelity_markdown(Fidelity(compared=()))
-
-
-# -- events beside a recorded trace -------------------------------------------------------------
-
-FIRST, SECOND = Site("enc.0", "aten.a.default", "f.py:1"), Site("enc.1", "aten.b.default", "f.py:2")
-
-
-def predicted_events(*events: Event) -> Trace:
-    count = sum(event[0] == "alloc" for event in events)
-    sites = [FIRST, *([SECOND] * (count - 1))]
-    return Trace(events=list(events), sites=sites, categories=["temporary"] * count)
-
-
-def recorded_events(*events: tuple[str, int, int]) -> RecordedTrace:
-    return RecordedTrace(
-        device=0,
-        settings=AllocatorSettings(),
-        segments=(),
-        events=tuple(
-            TraceEvent(kind, address, size, 0, DEFAULT_POOL, place)  # type: ignore[arg-type]
-            for place, (kind, address, size) in enumerate(events)
-        ),
-        reserved_start_bytes=0,
-        reserved_peak_bytes=0,
-        reserved_end_bytes=0,
-    )
-
-
-SAME = (("alloc", 10, 1000), ("alloc", 20, 5000), ("free", 10, 1000), ("alloc", 10, 700))
-
-
-def test_equal_events_agree_to_the_end_whatever_the_order_of_frees() -> None:
-    ours = predicted_events(
-        *(("alloc", 0, 1000, 0), ("phase", "forward"), ("alloc", 1, 5000, 0)),
-        *(("alloc", 2, 700, 0), ("free", 1), ("free", 0), ("alloc", 3, 9, 0)),
-    )
-    began = (*SAME[:2], ("alloc", 30, 700))
-    theirs = recorded_events(*began, ("free", 10, 1000), ("free", 20, 5000), ("alloc", 10, 9))
-
-    found = align(ours, theirs)
-
-    assert (found.events, found.agreeing, found.first) == (6, 6, None)
-
-
-def test_the_first_operator_where_they_part_is_named() -> None:
-    ours = predicted_events(
-        *(("alloc", 0, 1000, 0), ("alloc", 1, 6000, 0), ("free", 0), ("alloc", 2, 700, 0))
-    )
-
-    found = align(ours, recorded_events(*SAME))
-
-    assert found.agreeing == 1
-    assert str(found.first) == (
-        "aten.b.default in enc.1 (f.py:2): predicted an allocation of 6144 bytes, "
-        "recorded an allocation of 5120 bytes, its event 1"
-    )
-
-
-def test_a_workspace_that_differs_is_named_and_the_tensors_are_followed_on() -> None:
-    ours = predicted_events(
-        *(("alloc", 0, 1000, 0), ("alloc", 1, 2048, 0), ("free", 1)),
-        *(("alloc", 2, 5000, 0), ("free", 0), ("alloc", 3, 700, 0)),
-    )
-    theirs = recorded_events(SAME[0], ("alloc", 30, 4096), ("free", 30, 4096), *SAME[1:])
-
-    found = align(ours, theirs)
-
-    assert (found.agreeing, found.parting) == (4, None)
-    assert (found.temporaries, found.temporaries_agreeing) == (1, 0)
-    assert found.temporary is not None
-    assert found.temporary.predicted == "a temporary of 2048 bytes"
-    assert found.temporary.recorded == "one of 4096 bytes"
-
-
-def test_a_trace_that_begins_at_a_later_phase_is_found_there() -> None:
-    ours = predicted_events(
-        *(("alloc", 0, 9000, 0), ("phase", "forward"), ("alloc", 1, 1000, 0)),
-        *(("alloc", 2, 5000, 0), ("free", 0), ("free", 1), ("alloc", 3, 700, 0)),
-    )
-    theirs = recorded_events(*SAME[:2], ("free", 99, 0), *SAME[2:])
-
-    found = align(ours, theirs)
-
-    assert (found.agreeing, found.events, found.parting) == (5, 5, None)
-
-
-def test_a_prediction_that_ends_early_says_so() -> None:
-    found = align(predicted_events(("alloc", 0, 1000, 0)), recorded_events(*SAME))
-    assert found.parting is not None
-    assert found.parting.predicted == "nothing more"
-
-
-def test_the_command_aligns_the_events_of_a_real_case_with_its_own_recording(
-    tmp_path: Path,
-) -> None:
-    """What the simulator would have recorded agrees to the end; a record of half a size parts."""
-    from bench.predict.trace_writer import write_reduced_trace
-    from bench.predicted_trace import predicted_trace
-
-    record = measured(requested_shape=(16, 16, 16))
-    trace = predicted_trace(record)
-    entries = record_run(trace, find_card("v100-32gb").capacity_bytes, AllocatorSettings()).entries
-    kinds = {"alloc": "alloc", "free_completed": "free"}
-    rows = [(kinds[e.action], e.address, e.size) for e in entries if e.action in kinds]
-    write_reduced_trace(tmp_path / "t.json.gz", recorded_events(*rows))
-    folder = results(tmp_path, record)
-
-    done = invoke(folder, "--trace", tmp_path / "t.json.gz", "--json")
-
-    found = json.loads(done.stdout)
-    assert found["agreeing"] == found["events"] > 500
-    assert found["temporaries_agreeing"] == found["temporaries"] > 20
-    place = next(n for n, row in enumerate(rows) if row[0] == "alloc" and row[2] > 10_000)
-    rows[place] = ("alloc", rows[place][1], rows[place][2] // 2)
-    write_reduced_trace(tmp_path / "t.json.gz", recorded_events(*rows))
-    parted = invoke(folder, "--trace", tmp_path / "t.json.gz").stdout
-    assert "tensors part at aten." in parted
-
-
-def test_a_trace_of_several_cases_is_misuse(tmp_path: Path) -> None:
-    from bench.predict.trace_writer import write_reduced_trace
-
-    write_reduced_trace(tmp_path / "t.json.gz", recorded_events(*SAME))
-    folder = results(tmp_path, measured(), measured(variant="b"))
-    done = invoke(folder, "--trace", tmp_path / "t.json.gz")
-    assert done.exit_code == 2
-    assert "--trace is of one case, name it with --case" in done.stderr

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,19 @@ def test_suites_can_be_chosen_and_come_in_the_order_given(tree: Path) -> None:
     parts = plan(Path("/r"), "c", ("measure",), tree, ["table2", "table1"])
 
     assert [part.name for part in parts] == ["measure-table2", "measure-table1"]
+
+
+def test_what_the_chosen_suites_call_is_calibrated_but_never_what_it_must_not_see(
+    tree: Path,
+) -> None:
+    (tree / "suites" / "heldout.yaml").write_text("")
+    named = sorted(path.stem for path in (tree / "suites").glob("*.yaml"))
+    (chosen,) = plan(Path("/r"), "h200-141gb", ("calibrate",), tree, suites=named)
+    (of_all,) = plan(Path("/r"), "h200-141gb", ("calibrate",), tree)
+
+    asked = [value for option, value in pairwise(chosen.command) if option == "--suite"]
+    assert (asked, "heldout" in named) == ([name for name in named if name != "heldout"], True)
+    assert "--suite" not in of_all.command
 
 
 def test_a_suite_that_is_not_there_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bench.predict.cards import find_card
 from tests.stand_in.build import build
 from tests.stand_in.pose import DEFAULT_CARD, NAME, environment
 
@@ -117,6 +118,20 @@ def test_a_smaller_device_is_a_result_of_its_own(gpu: StandIn) -> None:
     assert record["card"] == "standin-1gb"
 
 
+def test_a_smaller_card_caps_the_allocator_and_what_was_reached_is_kept(gpu: StandIn) -> None:
+    """torch's allocator refuses at the card's memory less its context; the device has 141 GB."""
+    fits = gpu.measure("--card", "rtx4060-8gb")
+    refused = gpu.measure("--card", "budget-1gb")
+
+    smaller = find_card("rtx4060-8gb")
+    assert (fits["status"], fits["evidence"]) == ("ok", "measured"), fits["reason"]
+    assert (fits["card"], fits["capped_to"]) == ("standin-141gb", "rtx4060-8gb")
+    assert fits["capacity_bytes"] == smaller.memory_bytes - smaller.context_bytes
+    assert (refused["status"], refused["capped_to"]) == ("oom", "budget-1gb")
+    assert refused["reason"].startswith("out of memory in ")
+    assert 0 < refused["peak_reserved_bytes"] <= refused["capacity_bytes"] < 1024 * MIB
+
+
 def test_a_kernel_that_faults_is_a_failed_case(gpu: StandIn) -> None:
     record = gpu.measure(STANDIN_FAULT_AT="500")
 
@@ -182,6 +197,57 @@ def test_the_shims_prediction_is_that_of_a_machine_without_a_gpu(gpu: StandIn) -
     assert (here["status"], here["tracer"]) == ("ok", "cuda-shim"), here["reason"]
     assert elsewhere["tracer"] == "cuda-shim"
     assert here["phases"] == elsewhere["phases"]
+
+
+SUITE = """
+title: Two small networks
+card: h200-141gb
+matrix:
+  networks:
+    - {{name: fcn, variant: small, widths: [4, 8]}}
+    - {{name: fcn, variant: small+abn, widths: [4, 8], norm: inplace_abn}}
+  precision: [fp32, fp16]
+  shapes: [{side}x{side}x{side}]
+"""
+WITH_CARDS = (
+    "import os, runpy, sys; os.environ['MEMBENCH_CARDS'] = sys.argv.pop(1); "
+    "runpy.run_module('bench', run_name='__main__')"
+)
+
+
+def test_calibration_gives_back_the_workspace_and_predictions_hold_it_to_the_byte(
+    gpu: StandIn,
+) -> None:
+    """Every plan of cuDNN's is told to ask for 42 MiB. Of a shape that was not calibrated the
+    workspace is extrapolated, in proportion, and the case stands apart."""
+    workspace = 42 * MIB
+    settings = {"STANDIN_WORKSPACE_BYTES": str(workspace)}
+    suites = {side: gpu.state / f"side{side}.yaml" for side in (32, 48)}
+    for side, path in suites.items():
+        path.write_text(SUITE.format(side=side))
+    cards, results = str(gpu.state / "calibrated"), str(gpu.state / "results")
+
+    calibrate = ("-m", "bench", "calibrate", "-o", cards, "--hold-out", "0")
+    code, _, error = gpu.run(*calibrate, "--suite", str(suites[32]), **settings)
+    assert code == 0, error
+    for path in suites.values():
+        run = ("-m", "bench", "run", str(path), "--device", "cuda", "--results", results)
+        code, _, error = gpu.run(*run, **settings)
+        assert code == 0, error
+    code, out, error = gpu.run("-c", WITH_CARDS, cards, "fidelity", results, "--json", **settings)
+
+    assert code == 0, error
+    section = json.loads(Path(cards, "standin-141gb.json").read_text())["calibration"]
+    assert section["complete"] is True
+    assert {row["workspace_bytes"] for row in section["convolutions"]} == {workspace}
+    assert section["context"]["networks_bytes"] == {"fcn/fp32": CONTEXT, "fcn/fp16": CONTEXT}
+    found = [json.loads(line) for line in out.splitlines()]
+    errors = ("error_requested", "error_allocated", "error_reserved", "error_process")
+    calibrated = [one for one in found if not one["heldout"]]
+    assert [[one[name] for name in errors] for one in calibrated] == [[0.0] * 4] * 4
+    held_out = [one["case"] for one in found if one["heldout"]]
+    assert len(held_out) == 4
+    assert all("48x48x48" in case for case in held_out)
 
 
 def test_doctor_finds_all_of_it(gpu: StandIn) -> None:
