@@ -17,6 +17,7 @@ from typing import Any
 
 from bench.case import Case
 from bench.errors import MembenchError
+from bench.globs import Globs, choose
 from bench.record import Holder, Record, Status
 from bench.report.results import read_results
 
@@ -123,25 +124,17 @@ def figures_of(record: Record, suite: str) -> Figures:
     )
 
 
-def select(
-    figures: Iterable[Figures], case: str | None, suite: str | None, where: str
-) -> list[Figures]:
-    """Return those whose case matches the glob ``case`` and whose suite is ``suite``.
+def select(figures: Iterable[Figures], case: Globs, suite: str | None, where: str) -> list[Figures]:
+    """Return those whose case matches a glob of ``case`` and whose suite is ``suite``.
 
-    Raises MembenchError when there are some, and none is left; ``where`` says of what.
+    Raises MembenchError when there are some, and a glob matches none; ``where`` says of what.
     """
-    from fnmatch import fnmatchcase
-
     every = list(figures)
-    left = [
-        one
-        for one in every
-        if (suite is None or one.origin.suite == suite)
-        and (case is None or one.case == case or fnmatchcase(one.case, case))
-    ]
-    if every and not left:
+    of_suite = [one for one in every if suite is None or one.origin.suite == suite]
+    left, missing = choose(of_suite, case, lambda one: (one.case,))
+    if every and (missing is not None or not left):
         asked = " of ".join(
-            text for text in (case and f"case {case!r}", suite and f"suite {suite!r}") if text
+            text for text in (missing and f"case {missing!r}", suite and f"suite {suite!r}") if text
         )
         known = ", ".join(sorted({one.case for one in every})[:5])
         raise MembenchError(f"no {asked} in {where}: it has {len(every)} cases, as {known}")

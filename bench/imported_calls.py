@@ -7,17 +7,20 @@ an optimizer's ``step`` with nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.errors import MembenchError
 
-__all__ = ["check_inputs", "check_loss_call", "check_step", "takes_target"]
+__all__ = ["check_inputs", "check_loss_call", "check_step", "check_types", "takes_target"]
 
 _Parameter = inspect.Parameter
+# torch's words where two operands of one operator are of different types.
+_TYPES = re.compile(r"same dtype|type \(\w+\)|expected (m1|scalar type|self)|dtype", re.IGNORECASE)
 _BY_POSITION = (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -41,6 +44,24 @@ def check_inputs(network: str, model: nn.Module, count: int) -> None:
             f"network {network}: forward{signature} cannot be called with "
             f"{_counted(count, 'input')}: give one for each argument, in their order"
         )
+
+
+def check_types(model: nn.Module, inputs: Sequence[Tensor], said: str) -> None:
+    """Raise MembenchError if an error that ``said`` so comes of inputs unlike all the weights."""
+    weights = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
+    given = {t.dtype for t in inputs if t.dtype.is_floating_point}
+    if len(weights) != 1 or not given - weights or not _TYPES.search(said):
+        return
+    (weight,), one = weights, min(map(_type_name, given - weights))
+    spec = f"{'x'.join(map(str, inputs[0].shape))}:{_type_name(weight)}"
+    raise MembenchError(
+        f"the network's weights are {_type_name(weight)} and an input is {one}: give inputs of "
+        f"that type, as --input {spec}, or float32 weights and a mixed precision"
+    )
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_loss_call(name: str, loss: Callable[..., Any], count: int) -> None:

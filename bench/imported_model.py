@@ -8,7 +8,7 @@ have, can run for real on the CPU in between, and techniques can look at the mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ import memsave
 from bench.case import Case
 from bench.errors import MembenchError
 from bench.imported import Imported, InputSpec, resolve
+from bench.imported_device import Instead, converting_fakes
 from bench.portable import unpack
 from memsave.apply import Applied
 
@@ -60,17 +61,32 @@ def build_model(
     def make() -> nn.Module:
         return _module(imported)
 
+    _import_as_elsewhere(imported)
     fake_mode = _active_fake_mode()
     if fake_mode is None:
         model = make()
+        if all(tensor.device.type == "cpu" for tensor in model.parameters()):
+            model.to(device)  # made as its module was imported
         return model, _apply(case, model, inputs), ()
     with _disable_current_modes():
         model, notes = _without_weights(make, fake_mode, device, meta=bool(case.techniques))
         applied = _apply(case, model, inputs)
+    if applied is None and not notes:
+        return _as_constructed(model, make, device), None, ()
     if applied is not None:
         model = applied.model
     _place(model, device)
     return model, applied, notes
+
+
+def _import_as_elsewhere(imported: Imported) -> None:
+    """Import the network's module so that its own tensors are real and on the CPU, as anywhere.
+
+    They outlive the case, and the next one could not use what is fake.
+    """
+    if "build" not in imported.pickled:
+        with _disable_current_modes(), torch.device("cpu"):
+            resolve(imported.reference)
 
 
 def _active_fake_mode() -> FakeTensorMode | None:
@@ -107,14 +123,33 @@ def _without_weights(
     make: Callable[[], nn.Module], fake_mode: FakeTensorMode, device: torch.device, *, meta: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Build without allocating weights if that can be; else on the CPU, and say so."""
-    scope: AbstractContextManager[object] = nullcontext() if meta else fake_mode
+    where = torch.device("meta") if meta else device
     try:
-        with scope, torch.device("meta" if meta else device):
+        with nullcontext() if meta else fake_mode, converting_fakes(), Instead(where), where:
             return make(), ()
     except _NO_VALUES:
-        with torch.device("cpu"):
+        with Instead(torch.device("cpu")), torch.device("cpu"):
             model = make()
         return (model.to("meta") if meta else model), (BUILT_ON_CPU,)
+
+
+def _as_constructed(
+    unseen: nn.Module, make: Callable[[], nn.Module], device: torch.device
+) -> nn.Module:
+    """Make the network again where the tracer sees the constructor, with the tables it works out.
+
+    ``unseen``: the same network, from a constructor that is known to go through.
+    """
+    for module in unseen.modules():
+        for name, tensor in list(_own_tensors(module)):
+            _check_made(module, name, tensor)
+    with converting_fakes(), Instead(device):
+        model = make()
+    if {id(t) for t in unseen.state_dict(keep_vars=True).values()} & {
+        id(t) for t in model.state_dict(keep_vars=True).values()
+    }:
+        _place(model, device)  # one that is kept: no constructor ran
+    return model
 
 
 def _apply(case: Case, model: nn.Module, inputs: tuple[InputSpec, ...]) -> Applied | None:
@@ -145,19 +180,23 @@ def _place(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, tensor in list(_own_tensors(module)):
             old.append(tensor)
-            if nn.parameter.is_lazy(tensor):
-                raise MembenchError(
-                    f"{type(module).__name__} has no {name} before its first input: give a factory "
-                    "that names the number of input channels, as with Linear for LazyLinear"
-                )
+            _check_made(module, name, tensor)
             setattr(module, name, anew(tensor))
         for name, value in list(vars(module).items()):
             if isinstance(value, list | tuple | dict) and not name.startswith("_"):
-                old.append(_tensors_inside(value))
+                old += _tensors_inside(value)
                 setattr(module, name, _anew_inside(value, anew))
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # as its constructor did, where cuDNN is to run it
+
+
+def _check_made(module: nn.Module, name: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise MembenchError(
+            f"{type(module).__name__} has no {name} before its first input: give a factory "
+            "that names the number of input channels, as with Linear for LazyLinear"
+        )
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -168,18 +207,25 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, value
 
 
-def _tensors_inside(value: Any) -> list[Tensor]:
+def _tensors_inside(value: Any, levels: int = 8) -> list[Tensor]:
+    """Return the tensors in a container and in the containers in it, which may hold itself."""
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, list | tuple | dict) or not levels:
+        return []
     parts = value.values() if isinstance(value, dict) else value
-    return [part for part in parts if isinstance(part, Tensor)]
+    return [tensor for part in parts for tensor in _tensors_inside(part, levels - 1)]
 
 
 def _anew_inside(value: Any, anew: Callable[[Tensor], Tensor]) -> Any:
     """Make the tensors of a container anew, within it: another module may hold it as well."""
+    if isinstance(value, Tensor):
+        return anew(value)
     if not _tensors_inside(value):
         return value
     if isinstance(value, tuple):
-        return type(value)([anew(v) if isinstance(v, Tensor) else v for v in value])
-    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-        if isinstance(part, Tensor):
-            value[key] = anew(part)
+        parts = [_anew_inside(part, anew) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
+        value[key] = _anew_inside(part, anew)
     return value

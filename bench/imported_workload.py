@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from bench.case import Case
 from bench.errors import MembenchError, nearest
 from bench.imported import InputSpec, is_reference, parse_input, resolve
-from bench.imported_calls import check_inputs, check_loss_call, check_step, takes_target
+from bench.imported_calls import (
+    check_inputs,
+    check_loss_call,
+    check_step,
+    check_types,
+    takes_target,
+)
 from bench.imported_model import build_model, make_tensor
 from bench.losses import LOSS_TARGETS, LOSSES
 from bench.portable import unpack
@@ -76,7 +82,12 @@ class ImportedWorkload(Workload):
 
     def output(self) -> Any:
         """Run the network on the batch."""
-        return self.model(self.images, *self.more_inputs)
+        inputs = (self.images, *self.more_inputs)
+        try:
+            return self.model(*inputs)
+        except RuntimeError as error:
+            check_types(self.model, inputs, str(error))
+            raise
 
     def loss_of(self, output: Any) -> Tensor:
         """Return the loss of the network's output; a MembenchError where the two do not fit."""

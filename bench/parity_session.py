@@ -14,6 +14,7 @@ import torch
 from bench.case import Case
 from bench.environment import read_environment
 from bench.errors import MembenchError
+from bench.globs import Globs
 from bench.metrics import require_metrics
 from bench.parity import (
     Comparison,
@@ -43,7 +44,7 @@ class Request:
     suite: str
     steps: int | None
     seed: int | None
-    glob: str | None
+    glob: Globs
     image: Path | None
     labels: Path | None
     output: Path
@@ -84,7 +85,7 @@ def run_session(
     if request.seed is not None and not 0 <= request.seed < 2**63:
         raise MembenchError(f"--seed must be 0 to 2^63 - 1, got {request.seed}")
     suite = load_suite(request.suite)
-    plan = suite.parity() if request.glob is None else suite.parity().matching(request.glob)
+    plan = suite.parity().matching(request.glob) if request.glob else suite.parity()
     require_metrics()
     training = _training(suite, request)
     check_fit(plan.cases, training.volume)

@@ -10,12 +10,19 @@ take.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from memsave.errors import InputError
 from memsave.in_place_abn_maths import Activation
-from memsave.in_place_norm import check_activation, check_input, run_in_place_norm
+from memsave.in_place_norm import (
+    check_activation,
+    check_input,
+    run_in_place_norm,
+    take_keys_of_pair,
+)
 
 __all__ = ["Activation", "InPlaceABN", "in_place_abn"]
 
@@ -62,8 +69,9 @@ def in_place_abn(
         float32. Where that is too much, take ``memsave.RecomputedNormAct``: as few bytes, and
         exact to the bit.
     Errors: InputError if ``x`` is not floating point, has the wrong channels or but one value a
-        channel in training, is expanded, or is a leaf that requires grad; and where ``x`` itself
-        is used afterwards (by a pre-activation residual, say), with and without gradients.
+        channel in training, is expanded, is on another device than the others, or is a leaf that
+        requires grad; and where ``x`` itself is used afterwards (by a pre-activation residual,
+        say), with and without gradients.
         BackwardError, a RuntimeError too, for a second backward (``retain_graph=True`` costs
         nothing and gives one pass all the same; in float64, for ``gradcheck``, passes work on
         copies) and for a double backward. RuntimeError, autograd's own, in backward: if the
@@ -76,7 +84,9 @@ def in_place_abn(
     it before.
     """
     check_activation(_NAME, activation, activation_param)
-    check_input(_NAME, x, weight=weight, running_mean=running_mean)
+    check_input(
+        _NAME, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
     batch_statistics = training or running_mean is None or running_var is None
     if (training or running_mean is None) and x.numel() <= x.shape[1]:
         raise InputError(
@@ -93,8 +103,8 @@ class InPlaceABN(_NormBase):
     """BatchNorm with its activation, over its input: ``in_place_abn`` as a layer.
 
     Takes the place of ``nn.Sequential(BatchNorm3d(n), LeakyReLU(0.01))`` after a convolution, with
-    1D, 2D or 3D input. Its state dict is BatchNorm's, so that either loads the other's; but a
-    negative weight acts as its absolute value here.
+    1D, 2D or 3D input. Its state dict is BatchNorm's, so that either loads the other's, and it
+    loads that of such a pair; but a negative weight acts as its absolute value here.
 
     Args:
         num_features: channels.
@@ -136,6 +146,10 @@ class InPlaceABN(_NormBase):
             self.activation,
             self.activation_param,
         )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        take_keys_of_pair(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _count_batch(self) -> float:
         """Count one batch if it changes the running statistics; return its share in them."""

@@ -69,7 +69,10 @@ class InPlaceABNSync(InPlaceABN):
         """Return the norm and activation of ``x``, which is overwritten."""
         if not (self.training and _processes(self.process_group) > 1):
             return super().forward(x)
-        check_input(_NAME, x, weight=self.weight, running_mean=self.running_mean)
+        check_input(
+            _NAME, x, weight=self.weight, bias=self.bias,
+            running_mean=self.running_mean, running_var=self.running_var,
+        )  # fmt: skip
         mean, var, count = _all_statistics(x, self.process_group)
         if count <= 1:
             raise InputError(

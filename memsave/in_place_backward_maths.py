@@ -224,10 +224,11 @@ def _gradient_sums(y: Tensor, dy: Tensor, scale: Tensor, shift: Tensor) -> Tenso
     """Return the sums (2, c) of dy * xhat and of dy over each channel of y = scale * xhat + shift.
 
     PyTorch's operator computes them from a norm's input and its statistics: y serves as well as
-    x, if shift is called its mean and scale its standard deviation.
+    x, if shift is called its mean and scale its standard deviation. A weight takes no part in
+    them; CUDA's kernel refuses to do without one.
     """
     _, *sums = torch.ops.aten.native_batch_norm_backward(
-        dy, y, None, None, None, shift, scale.reciprocal(), True, 0.0, [False, True, True]
+        dy, y, scale, None, None, shift, scale.reciprocal(), True, 0.0, [False, True, True]
     )
     return torch.stack(sums)
 

@@ -8,12 +8,19 @@ al., "Instance Normalization", 2016, arXiv:1607.08022. How backward works is tol
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from memsave.errors import InputError, OptionError
 from memsave.in_place_abn_maths import Activation
-from memsave.in_place_norm import check_activation, check_input, run_in_place_norm
+from memsave.in_place_norm import (
+    check_activation,
+    check_input,
+    run_in_place_norm,
+    take_keys_of_pair,
+)
 
 __all__ = ["InPlaceGroupNorm", "InPlaceInstanceNorm", "in_place_group_norm"]
 
@@ -85,6 +92,10 @@ class _InPlaceSampleNorm(nn.Module):
             self.activation, self.activation_param,
         )  # fmt: skip
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        take_keys_of_pair(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _options(self) -> str:
         return (
             f"eps={self.eps}, affine={self.affine}, "
@@ -96,8 +107,8 @@ class InPlaceGroupNorm(_InPlaceSampleNorm):
     """Group norm with its activation, over its input: ``in_place_group_norm`` as a layer.
 
     Takes the place of ``nn.Sequential(GroupNorm(groups, n), LeakyReLU(0.01))`` after a
-    convolution. Its state dict is ``nn.GroupNorm``'s, so that either loads the other's; but a
-    negative weight acts as its absolute value here.
+    convolution. Its state dict is ``nn.GroupNorm``'s, so that either loads the other's, and it
+    loads that of such a pair; but a negative weight acts as its absolute value here.
 
     Args:
         num_groups: groups, which divide the channels.
@@ -132,7 +143,8 @@ class InPlaceInstanceNorm(_InPlaceSampleNorm):
 
     Takes the place of ``nn.Sequential(InstanceNorm3d(n, affine=...), LeakyReLU(0.01))`` after a
     convolution, with 1D, 2D or 3D input; ``affine`` is off unless asked for, as there. There are
-    no running statistics. Its state dict is ``nn.InstanceNorm3d``'s without them.
+    no running statistics. Its state dict is ``nn.InstanceNorm3d``'s without them, and it loads that
+    of such a pair.
 
     Args:
         num_features: channels.

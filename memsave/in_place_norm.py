@@ -27,7 +27,7 @@ from memsave.in_place_norm_ops import (
     overwrite_with_norm,
 )
 
-__all__ = ["check_activation", "check_input", "run_in_place_norm"]
+__all__ = ["check_activation", "check_input", "run_in_place_norm", "take_keys_of_pair"]
 
 
 def run_in_place_norm(
@@ -94,6 +94,18 @@ class _InPlaceNorm(torch.autograd.Function):
         return differentiable_once((*gradients, *(None,) * 4))
 
 
+def take_keys_of_pair(state_dict: dict[str, Any], prefix: str) -> None:
+    """Rename what ``nn.Sequential(norm, activation)`` calls its norm's numbers as one layer does.
+
+    So that a plain network's weights load where one layer has taken the place of such a pair.
+    """
+    of_norm = f"{prefix}0."
+    for key in [k for k in state_dict if k.startswith(of_norm)]:
+        ours = prefix + key.removeprefix(of_norm)
+        if ours not in state_dict:
+            state_dict[ours] = state_dict.pop(key)
+
+
 def check_activation(norm: str, activation: str, param: float) -> None:
     """Raise UnknownNameError or OptionError unless ``activation`` can be inverted."""
     if activation not in get_args(Activation):
@@ -105,16 +117,26 @@ def check_activation(norm: str, activation: str, param: float) -> None:
 
 
 def check_input(norm: str, x: Tensor, **per_channel: Tensor | None) -> None:
-    """Raise InputError unless ``x`` is (N, C, *), floating point, and may be overwritten."""
+    """Raise InputError unless ``x`` is (N, C, *), floating point, and may be overwritten.
+
+    And unless all that is ``per_channel`` has its channels, and is where it is.
+    """
     if not x.is_floating_point():
         raise InputError(f"{norm} needs a floating-point input, got {x.dtype}")
     if x.dim() < 2:
         raise InputError(f"{norm} needs an input (N, C, *), got shape {tuple(x.shape)}")
     for name, tensor in per_channel.items():
-        if tensor is not None and tensor.numel() != x.shape[1]:
+        if tensor is None:
+            continue
+        if tensor.numel() != x.shape[1]:
             raise InputError(
                 f"{norm} has {tensor.numel()} channels ({name}), "
                 f"got an input with {x.shape[1]}: shape {tuple(x.shape)}"
+            )
+        if tensor.device != x.device:
+            raise InputError(
+                f"{norm} has its {name} on {tensor.device}, got an input on {x.device}: "
+                "move one of them to the other's device"
             )
     strides = x.stride()
     if 0 in strides and any(n > 1 and s == 0 for n, s in zip(x.shape, strides, strict=True)):

@@ -23,7 +23,8 @@ def baseline(
         Path, typer.Option("--output", "-o", help="File to write.", show_default=False)
     ],
     case: Annotated[
-        str | None, typer.Option(help="Take only the cases that match this glob.")
+        list[str] | None,
+        typer.Option(help="Take only the cases that match this glob; may be repeated."),
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Take only the cases of this suite.")] = None,
     allow_fewer: Annotated[

@@ -59,7 +59,8 @@ def check(
         ),
     ] = None,
     case: Annotated[
-        str | None, typer.Option(help="Check only the cases that match this glob.")
+        list[str] | None,
+        typer.Option(help="Check only the cases that match this glob; may be repeated."),
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Check only the cases of this suite.")] = None,
     ratchet: Annotated[

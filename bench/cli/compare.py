@@ -25,7 +25,8 @@ def compare(
         Path, typer.Argument(help="The run that is held against A, in the same form.", metavar="B")
     ],
     case: Annotated[
-        str | None, typer.Option(help="Compare only the cases that match this glob.")
+        list[str] | None,
+        typer.Option(help="Compare only the cases that match this glob; may be repeated."),
     ] = None,
     suite: Annotated[str | None, typer.Option(help="Compare only the cases of this suite.")] = None,
     top: Annotated[

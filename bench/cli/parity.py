@@ -30,8 +30,10 @@ def parity(
         int | None, typer.Option(help="Of weights, crops and dropout, instead of the suite's.")
     ] = None,
     case: Annotated[
-        str | None,
-        typer.Option(help="Train only the cases whose name matches this glob, and their pairs."),
+        list[str] | None,
+        typer.Option(
+            help="Train only the cases that match this glob (it may be repeated), and their pairs."
+        ),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(help="Train on this NIfTI volume, not on the MNI152 head.")
@@ -80,12 +82,16 @@ def parity(
         raise typer.Exit(1)
 
 
-def _command(suite: str, steps: int | None, seed: int | None, *others: str | Path | None) -> str:
+def _command(
+    suite: str, steps: int | None, seed: int | None, cases: list[str] | None, *volume: Path | None
+) -> str:
     """Return the command that makes the report again, wherever it is told to write it."""
     words = ["membench", "parity", suite]
     words += [] if steps is None else ["--steps", str(steps)]
     words += [] if seed is None else ["--seed", str(seed)]
-    for option, value in zip(("--case", "--image", "--labels"), others, strict=True):
+    for glob in cases or ():
+        words += ["--case", glob]
+    for option, value in zip(("--image", "--labels"), volume, strict=True):
         words += [] if value is None else [option, str(value)]
     return shlex.join(words)
 

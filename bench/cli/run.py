@@ -39,7 +39,8 @@ def run(
         typer.Option(help="Predict for this card, or cap the GPU to it (see: list cards)."),
     ] = None,
     case: Annotated[
-        str | None, typer.Option(help="Run only the cases whose name matches this glob.")
+        list[str] | None,
+        typer.Option(help="Run only the cases whose name matches this glob; may be repeated."),
     ] = None,
     volumes: Annotated[
         Path | None, typer.Option(help="Take the input shapes from the NIfTI files of a folder.")
@@ -84,7 +85,7 @@ def _run(
     suite_name: str,
     device: Device,
     card_name: str | None,
-    glob: str | None,
+    glob: list[str] | None,
     volumes: Path | None,
     spacing: str | None,
     results: Path,

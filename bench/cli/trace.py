@@ -31,7 +31,7 @@ def trace(
         ),
     ],
     case: Annotated[
-        str | None, typer.Option(help="The case, or a glob that one case matches.")
+        list[str] | None, typer.Option(help="The case, or a glob that one case matches.")
     ] = None,
     device: Annotated[
         Device, typer.Option(help="Measure on a GPU, predict without one; auto: as there is one.")
@@ -55,15 +55,15 @@ def trace(
     out().print(summary, soft_wrap=True, markup=False)
 
 
-def _find(suite: Suite, glob: str | None) -> Case:
+def _find(suite: Suite, globs: list[str] | None) -> Case:
     """Return the one case that is meant; raise MembenchError listing them if it is not one."""
-    cases = suite.cases(glob=glob)
-    exact = [case for case in cases if glob in case.aliases]
+    cases = suite.cases(glob=globs)
+    exact = [case for case in cases if set(globs or ()) & set(case.aliases)]
     found = exact if len(exact) == 1 else cases
     if len(found) > 1:
         listed = ", ".join(case.name for case in found[:_LISTED])
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        asked = "suite " + suite.name if glob is None else repr(glob)
+        asked = ", ".join(map(repr, globs)) if globs else "suite " + suite.name
         raise MembenchError(f"{asked} is {len(found)} cases, name one by --case: {listed}{more}")
     return found[0]
 

@@ -12,18 +12,11 @@ from torch._prims_common import suggest_memory_format
 from bench.predict.library_calls import ConvolutionCall, Direction, OperatorCall
 
 __all__ = [
-    "LT_WORKSPACE_BYTES",
     "convolution_call",
     "operand_format",
     "operator_call",
     "runs_without_cudnn",
-    "takes_lt_workspace",
 ]
-
-# Of cuBLASLt, where torch does not let it share cuBLAS's workspace; torch 2.11's default.
-LT_WORKSPACE_BYTES = 1 << 20
-# Seen: torch 2.11 keeps two workspaces, 2.13 one; 2.12 is taken to be as 2.13.
-_SHARED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 class _NotPlainError(Exception):
@@ -121,13 +114,3 @@ def runs_without_cudnn(device_type: str, *convolution: Any) -> bool:
         return "Cudnn" not in str(torch._C._select_conv_backend(*convolution))
     depthwise = groups > 1 and groups == source.shape[1] and weight.shape[0] % groups == 0
     return bool(depthwise and source.dim() == 5 and not transposed)
-
-
-def takes_lt_workspace(bias: Tensor, second: Tensor) -> bool:
-    """Whether this ``addmm`` goes to cuBLASLt, and that has a workspace of its own in this torch.
-
-    It does for a linear layer's: a row ``bias`` added to each row of a product with ``second``.
-    """
-    if _SHARED or bias.dim() != 1 or min(second.shape, default=0) < 2:
-        return False
-    return bool(bias.is_contiguous() and bias.shape[0] == second.shape[1])

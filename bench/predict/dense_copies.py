@@ -63,11 +63,8 @@ _Read = tuple[Sequence[int], Callable[[Tensor, tuple[Any, ...]], bool]]
 _READ: Final[dict[Any, _Read]] = {
     **dict.fromkeys(
         (
-            _aten.upsample_nearest3d,
             _aten.upsample_nearest3d_backward,
-            _aten._upsample_nearest_exact3d,
             _aten._upsample_nearest_exact3d_backward,
-            _aten.upsample_trilinear3d_backward,
             _aten.upsample_bicubic2d_backward,
             _aten.avg_pool3d,
             _aten.avg_pool3d_backward,
@@ -90,7 +87,6 @@ _READ: Final[dict[Any, _Read]] = {
             _aten.upsample_nearest2d_backward,
             _aten._upsample_nearest_exact2d,
             _aten._upsample_nearest_exact2d_backward,
-            _aten.upsample_bilinear2d_backward,
             _aten.max_pool2d_with_indices,
             _aten.max_pool3d_with_indices,
             _aten.avg_pool2d,

@@ -11,13 +11,16 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from bench.predict.attention import ATTENTION_CALLS, CUDNN_ATTENTION, CUDNN_ESTIMATED
+from bench.predict.grids import GRID_CALLS
 from bench.predict.indexing import INDEX_CALLS
 from bench.predict.layer_norms import LAYER_NORM_CALLS
 from bench.predict.logit_losses import LOGIT_LOSS_CALLS
 from bench.predict.recurrent_layers import CUDNN_CALLS, ESTIMATED
 from bench.predict.rolls import ROLL_CALLS
+from bench.predict.unfolding import UNFOLDING_CALLS
+from bench.predict.upsampling import UPSAMPLING_CALLS
 
-__all__ = ["FOLLOWED"]
+__all__ = ["FOLLOWED", "is_followed"]
 
 FOLLOWED: Final[dict[Any, tuple[Callable[..., Any], tuple[str, ...]]]] = {
     **{
@@ -27,8 +30,16 @@ FOLLOWED: Final[dict[Any, tuple[Callable[..., Any], tuple[str, ...]]]] = {
     **{packet: (call, (ESTIMATED,)) for packet, call in CUDNN_CALLS.items()},
     **{
         packet: (call, ())
-        for calls in (LAYER_NORM_CALLS, ROLL_CALLS, INDEX_CALLS, LOGIT_LOSS_CALLS)
+        for calls in (
+            *(LAYER_NORM_CALLS, ROLL_CALLS, INDEX_CALLS, LOGIT_LOSS_CALLS),
+            *(GRID_CALLS, UNFOLDING_CALLS, UPSAMPLING_CALLS),
+        )
         for packet, call in calls.items()
     },
 }
 """Operator -> what runs in its place, and the parts of a prediction that are estimated."""
+
+
+def is_followed(func: Any) -> bool:
+    """Whether an overload is followed: one that writes into given results takes less of its own."""
+    return func.overloadpacket in FOLLOWED and not any(a.is_out for a in func._schema.arguments)

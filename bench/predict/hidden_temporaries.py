@@ -126,6 +126,14 @@ def _softmax_backward(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
     return (int(output.numel() * wider.itemsize),)
 
 
+def _differences(args: tuple[Any, ...], result: Tensor) -> tuple[int, ...]:
+    """The gradient of distances is added up over a part for each pair of points."""
+    gradient, _, second, power = args[:4]
+    if result.device.type != "cuda" or not power or not gradient.numel():
+        return ()
+    return (int(result.nbytes * second.shape[-2]),)
+
+
 # Loss -> where its arguments say how it is reduced: 0 not at all.
 _REDUCED_IN_PLACE: Final = {
     _aten.binary_cross_entropy: 3,
@@ -145,4 +153,5 @@ _RULES: Final[dict[Any, _Rule]] = {
     **dict.fromkeys((_aten.mse_loss, _aten.smooth_l1_loss), _unreduced),
     _aten._safe_softmax: _safe_softmax,
     _aten._softmax_backward_data: _softmax_backward,
+    _aten._cdist_backward: _differences,
 }

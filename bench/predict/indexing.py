@@ -64,7 +64,8 @@ def _index_put(
 def _put(
     target: Tensor, indices: _Indices, values: Tensor, accumulate: bool, checked: bool
 ) -> Tensor:
-    values = values.to(target.device)
+    if values.device != target.device and values.dim() == 0:
+        values = target.new_empty((), dtype=values.dtype)
     sorting = accumulate or torch.are_deterministic_algorithms_enabled()
     whole = all(i is None for i in indices)  # which torch refuses
     if not sorting or whole or _has_mask(indices) or not target.is_cuda:
@@ -84,11 +85,18 @@ def _prepared(source: Tensor, indices: _Indices) -> list[Tensor | None]:
     """Return the indices as the kernel reads them: long, of one shape, lying alike."""
     if _has_mask(indices) or not source.is_cuda or all(i is None for i in indices):
         return []
-    made = [None if i is None else i.to(source.device) for i in _broadcast(indices)]
+    made = [None if i is None else _moved(i, source) for i in _broadcast(indices)]
     there = [i for i in made if i is not None]
     if len({i.stride() for i in there}) > 1:
         return [None if i is None else i.contiguous() for i in made]
     return made
+
+
+def _moved(index: Tensor, to: Tensor) -> Tensor:
+    """Return ``index`` where ``to`` is; ``Tensor.to`` would copy a value that is known for good."""
+    if index.device == to.device:
+        return index
+    return torch.empty_strided(index.shape, index.stride(), dtype=index.dtype, device=to.device)
 
 
 def _broadcast(indices: _Indices) -> list[Tensor | None]:
@@ -133,7 +141,7 @@ def _linear_index(dense: Tensor, indices: _Indices, checked: bool) -> Tensor:
             continue
         if checked:
             _look_for_extremes(index)
-        part = (index.remainder(side) * stride).to(dense.device)
+        part = _moved(index.remainder(side) * stride, dense)
         if linear is None:
             linear = part
         else:

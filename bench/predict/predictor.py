@@ -13,9 +13,11 @@ from bench.predict.alloc_conf import AllocatorSettings
 from bench.predict.allocator import SimulationResult, needs_bytes, simulate
 from bench.predict.calibration import Calibration, read_calibration
 from bench.predict.cards import Card
+from bench.predict.cuda_answers import answer_as
 from bench.predict.folding import NOT_FOLDED, fold_trace, run_lengths
 from bench.predict.folding_cases import repeated_steps, with_steps
 from bench.predict.owners import categorise_gradients, categorise_parameters, categorise_state
+from bench.predict.remedies import with_remedies
 from bench.predict.step_trace import Trace, releases_in_order
 from bench.predict.timeline import History, make_timeline
 from bench.predict.trace_data import encode_trace
@@ -49,7 +51,8 @@ def trace_case(case: Case, device_type: str, watched: Container[str] = ()) -> tu
 
     from bench.build_workload import build_workload
 
-    with FakeTensorMode():
+    # Real tensors are those of the user's modules, which were there before the case.
+    with with_remedies(), FakeTensorMode(allow_non_fake_inputs=True):
         tracer = Tracer(device_type, watched)
         with tracer.attributing(), tracer, use_streams(TracedStreams(tracer)):
             workload = build_workload(case, tracer.phase, _DEVICES[device_type])
@@ -121,6 +124,7 @@ def predict(
     """
     calibration = read_calibration(card.calibration, card.name)
     trace_for(card)
+    answer_as(card)
     watched = calibration.watched if calibration else frozenset()
     bare, parameters, notes = trace_case_folded(case, device_type, watched)
     if calibration is not None:

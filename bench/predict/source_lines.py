@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from traceback import FrameSummary
 from types import FrameType
 from typing import Any
 
@@ -13,21 +14,21 @@ import torch
 
 import memsave.checkpoint
 
-__all__ = ["asked_by_grad_scaler", "user_line", "what_to_do"]
+__all__ = ["persons_line", "torchs_frames", "user_line", "what_to_do"]
 
 _TORCH = str(Path(torch.__file__).parent)
-# Frames that are nobody's own code: the tracer's, generated ones, the wrapper of a checkpoint.
-_TRACER = str(Path(__file__).with_name("tracer.py"))
-_RECURRENT = str(Path(__file__).with_name("recurrent_layers.py"))
+# Frames that are nobody's own code: this package's, whose functions run in operators' places,
+# generated ones, the wrapper of a checkpoint.
+_HERE = str(Path(__file__).parent) + "/"
 # What runs in the hooks of offloading and compression runs within somebody's operator.
 _HOOKS = tuple(
     str(Path(memsave.checkpoint.__file__).with_name(name))
     for name in ("offload", "compression", "saved_parameters")
 )
-_OURS = (__file__, _TRACER, _RECURRENT, memsave.checkpoint.__file__, *_HOOKS, "<")
+_OURS = (_HERE, memsave.checkpoint.__file__, *_HOOKS, "<")
+_PACKAGE = str(Path(__file__).parents[1]) + "/"  # membench's, which runs the user's
 _ENGINE = str(Path(torch.__file__).parent / "autograd" / "graph.py")  # calls backward
 _RECOMPUTATION = str(Path(torch.__file__).parent / "utils" / "checkpoint.py")
-_GRAD_SCALER = str(Path(torch.__file__).parent / "amp" / "grad_scaler.py")
 _OPTIMIZERS = str(Path(torch.__file__).parent / "optim")
 
 
@@ -48,18 +49,20 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def asked_by_grad_scaler() -> bool:
-    """Whether GradScaler itself reads the scalar, to decide on skipping the step.
+def torchs_frames() -> Iterator[FrameType]:
+    """Yield the frames of torch's own Python code from the innermost on, up to a person's own.
 
-    The optimizer's step that it then calls is not excused.
+    An optimizer's step is no longer what called it: GradScaler is not asked for what that reads.
     """
     for frame in _frames():
         name = frame.f_code.co_filename
-        if name == _GRAD_SCALER:
-            return True
-        if name not in _OURS and (name.startswith(_OPTIMIZERS) or not name.startswith(_TORCH)):
-            return False
-    return False
+        if name.startswith(_OURS):
+            continue
+        if not name.startswith(_TORCH):
+            return
+        yield frame
+        if name.startswith(_OPTIMIZERS):
+            return
 
 
 def user_line() -> str:
@@ -75,6 +78,14 @@ def user_line() -> str:
             name == _RECOMPUTATION and frame.f_code.co_name == "unpack_hook"
         ):
             return ""
+    return ""
+
+
+def persons_line(frames: Sequence[FrameSummary]) -> str:
+    """``file.py:12`` of the innermost of an error's frames that is a person's own, "" if none."""
+    for frame in reversed(frames):
+        if not _is_torchs_or_ours(frame.filename) and not frame.filename.startswith(_PACKAGE):
+            return f"{_short(frame.filename)}:{frame.lineno}"
     return ""
 
 

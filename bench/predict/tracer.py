@@ -35,19 +35,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.errors import MembenchError
 from bench.flops import FlopCount
 from bench.predict.call_notes import (
-    LT_WORKSPACE_BYTES,
     convolution_call,
     operand_format,
     operator_call,
     runs_without_cudnn,
-    takes_lt_workspace,
 )
 from bench.predict.engine_adds import EngineAdds
 from bench.predict.fake_storages import forgetting_storages
-from bench.predict.followed_calls import FOLLOWED
+from bench.predict.followed_calls import FOLLOWED, is_followed
 from bench.predict.hidden_temporaries import bias_gradient_bytes, hidden_bytes, kept_bytes
 from bench.predict.library_calls import Direction
-from bench.predict.source_lines import asked_by_grad_scaler, user_line, what_to_do
+from bench.predict.linear_layers import LinearLayers
+from bench.predict.matrix_products import LT_WORKSPACE_BYTES, MatrixProducts
+from bench.predict.read_answers import PACKS_PADDING, answered_read
+from bench.predict.source_lines import user_line, what_to_do
 from bench.predict.step_trace import Site, Trace
 from bench.predict.view_gradients import ViewGradients
 from bench.record import Category
@@ -56,9 +57,6 @@ from memsave.recomputing import running_name
 __all__ = ["TraceError", "Tracer"]
 
 _aten = torch.ops.aten
-_MATRIX_PRODUCTS = frozenset(
-    {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv, _aten.addbmm}
-)
 
 
 class TraceError(MembenchError):
@@ -83,7 +81,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._module_names: dict[int, str] = {}
         self._module_lines: dict[str, str] = {}  # where the forward called the module
         self._module_stack: list[str] = []
-        self._cublas_threads: set[tuple[bool, str]] = set()
+        self._matrix_products = MatrixProducts()
+        self._linear_layers = LinearLayers()
         self._view_gradients = ViewGradients()
         self._recording = True
         self._within: Site | None = None  # of an operator that is followed into its allocations
@@ -110,18 +109,20 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args)
         if not self._recording:
             return func(*args, **(kwargs or {}))
+        if func is PACKS_PADDING:
+            return answered_read(func, self.trace)
         self._view_gradients.operator(func, args)
         site = self._site(func)
-        func = self._engine_adds.operator(func, args)
+        func = self._linear_layers.operator(self._engine_adds.operator(func, args), args)
         followed = self.device_type == "cuda" and self._within is None
-        if followed and func.overloadpacket in FOLLOWED:
+        if followed and is_followed(func):
             return self._from_within(func.overloadpacket, args, kwargs or {}, site)
         try:
             with forgetting_storages(func, args):
                 result = func(*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            if func is _aten._local_scalar_dense.default and asked_by_grad_scaler():
-                return 0.0  # "no infinities found": the step is not skipped
+            if (answer := answered_read(func, self.trace)) is not None:
+                return answer
             raise TraceError(
                 f"{user_line()}: {func} needs a value that a predicted step does not have; "
                 f"{what_to_do(func)}"
@@ -134,12 +135,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._convolution_backward(args, result, site)
         else:
             self._record_result(result, site, kept_bytes(packet, args))
-            if packet in _MATRIX_PRODUCTS:
-                self._cublas(packet, args, site)
+            self._linear_layers.made(packet, result)
             hidden = hidden_bytes(packet, args, result)
-            if hidden and _is_on(args[0], self.device_type):
-                self._hold(hidden, site)
-            elif self._watching and str(func) in self._watched:
+            if args and _is_on(args[0], self.device_type):
+                held = [self._alloc(size, _copy_in(site)) for size in hidden]
+                self._matrix_product(packet, args, kwargs or {}, site)
+                self._release(held)
+            if not hidden and self._watching and str(func) in self._watched:
                 call = operator_call(func, args, kwargs, self.device_type)
                 if call is not None:
                     self.trace.events.append(("operator", call, site))
@@ -184,6 +186,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note that host memory is taken, or given back."""
         if self._recording:
             self.trace.events.append(("host", change_bytes))
+
+    def allocated_bytes(self) -> int:
+        """Return what lives now, each storage in the allocator's steps of 512 bytes."""
+        return sum(-(-size // 512) * 512 for _, _, size in self._live.values())
 
     def stop(self) -> None:
         """Record nothing more: what dies from here on is not part of the step."""
@@ -343,19 +349,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _release(self, identities: list[int]) -> None:
         self.trace.events.extend(("free", identity) for identity in identities)
 
-    def _cublas(self, packet: Any, args: tuple[Any, ...], site: Site) -> None:
-        """Note the first product of each of the step's two threads: each has a handle of its own.
-
-        Autograd runs what is on a GPU in a thread for that GPU, recomputation included.
-        """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if (in_backward, "handle") not in self._cublas_threads:
-            self._cublas_threads.add((in_backward, "handle"))
-            self.trace.events.append(("cublas", 0, site))
-        lt = packet is _aten.addmm and takes_lt_workspace(args[0], args[2])
-        if lt and (in_backward, "lt") not in self._cublas_threads:
-            self._cublas_threads.add((in_backward, "lt"))
-            self.trace.categories[self._alloc(LT_WORKSPACE_BYTES, site)] = "workspace"
+    def _matrix_product(self, packet: Any, args: Any, kwargs: Any, site: Site) -> None:
+        """Take the workspaces that a matrix product is the first to ask for."""
+        for library in self._matrix_products.first_calls(packet, args, kwargs):
+            if library == "cublas":
+                self.trace.events.append(("cublas", 0, site))
+            else:
+                self.trace.categories[self._alloc(LT_WORKSPACE_BYTES, site)] = "workspace"
 
     # -- attribution ------------------------------------------------------------------------
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import bench
 from bench.case import Case
 from bench.errors import MembenchError, SuiteError, nearest
+from bench.globs import Globs, choose
 from bench.suite.document import Document, Mistake, read_document
 from bench.suite.expand import Requested, draft_cases, finish, suite_drafts
 from bench.suite.figures import with_figures
@@ -92,14 +92,15 @@ class Suite:
         return parity_plan(self.file.parity, self.own_cases)[0]
 
     def cases(
-        self, volumes: Path | None = None, spacing: str | None = None, glob: str | None = None
+        self, volumes: Path | None = None, spacing: str | None = None, glob: Globs = None
     ) -> list[Case]:
         """Return the suite's cases, each name once, in the order of the file.
 
         ``volumes``, a folder: the matrix at the shapes of its NIfTI files, padded and limited as
         the suite's ``volumes`` says, in place of its own shapes, single cases and paper figures.
         Files of one shape are one case. ``spacing``, ``"1.62,1.62,3.22"`` mm in x, y, slices,
-        resamples those shapes. ``glob`` keeps the cases one of whose names matches.
+        resamples those shapes. ``glob``, one or several, keeps the cases one of whose names
+        matches; each glob must match one.
 
         Raises MembenchError for a folder or spacing of no use, and where no case is left.
         """
@@ -109,12 +110,10 @@ class Suite:
             raise MembenchError("--spacing resamples volumes: give it together with --volumes")
         else:
             cases = self.own_cases
-        if glob is None:
-            return list(cases)
-        chosen = [case for case in cases if any(fnmatchcase(a, glob) for a in case.aliases)]
-        if not chosen:
-            near = nearest(glob, [case.name for case in cases])
-            raise SuiteError(f"no case of suite {self.name} matches {glob!r}{near}")
+        chosen, missing = choose(cases, glob, lambda case: case.aliases)
+        if missing is not None:
+            near = nearest(missing, [case.name for case in cases])
+            raise SuiteError(f"no case of suite {self.name} matches {missing!r}{near}")
         return chosen
 
     def _volume_cases(self, folder: Path, spacing: str | None) -> list[Case]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from bench.case import Case
 from bench.errors import MembenchError, nearest
+from bench.globs import Globs, choose
 from bench.suite.document import Mistake, Place
 from bench.suite.parity_schema import Parity
 
@@ -46,15 +47,16 @@ class ParityPlan:
         paired = [case for pair in self.pairs for case in (pair.plain, pair.technique)]
         return tuple({case.name: case for case in (*shown, *paired)}.values())
 
-    def matching(self, glob: str) -> ParityPlan:
-        """Return the pictures' cases that match ``glob``, and the pairs of which either does.
+    def matching(self, globs: Globs) -> ParityPlan:
+        """Return the pictures' cases that a glob matches, and the pairs of which either does.
 
-        Raises MembenchError where no case matches.
+        Raises MembenchError where a glob matches no case.
         """
-        wanted = {c.name for c in self.cases if any(fnmatchcase(a, glob) for a in c.aliases)}
-        if not wanted:
-            near = nearest(glob, [case.name for case in self.cases])
-            raise MembenchError(f"no case that parity trains matches {glob!r}{near}")
+        chosen, missing = choose(self.cases, globs, lambda case: case.aliases)
+        if missing is not None:
+            near = nearest(missing, [case.name for case in self.cases])
+            raise MembenchError(f"no case that parity trains matches {missing!r}{near}")
+        wanted = {case.name for case in chosen}
         figures = (
             Figure(title=f.title, note=f.note, cases=tuple(c for c in f.cases if c.name in wanted))
             for f in self.figures

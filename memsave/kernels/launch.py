@@ -58,12 +58,13 @@ class Kernel:
         """
         numbers = tuple([float(n) for n in numbers])  # an integer would be specialised on
         device, bits = tensors[0].get_device(), 0
-        key: list[object] = [programs, warps, device, sizes]
+        key: list[object] = [programs, warps, sizes]
         addresses: list[int | None] = []
         for tensor in tensors:
             address = None if tensor is None else tensor.data_ptr()
             addresses.append(address)
-            key.append(None if tensor is None else tensor.dtype)
+            # Where it is: an address of the processor's memory is for Triton's search to refuse.
+            key.append(None if tensor is None else (tensor.dtype, tensor.get_device()))
             bits |= address or 0
         found = tuple(key)
         ready = None if bits % _ALIGNMENT else self._ready.get(found)

@@ -97,7 +97,7 @@ def skip_if_busy() -> None:
     """Skip where others run on this machine: threads that wait for each other then wait long."""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > 1.25 * cores:
-        pytest.skip(f"ratio measured, not asserted: the load is {load:.1f} on {cores} cores")
+        pytest.skip(f"measured, not asserted: the load is {load:.1f} on {cores} cores")
 
 
 def table_lines() -> list[str]:

@@ -2,7 +2,8 @@
 
 Goals, forward and backward: at most 0.75 of eager's time, no more than the compiled pair's, and
 three quarters of the bandwidth of a copy; the FCN's step no slower than with BatchNorm. They are
-asserted as they stand: medians of rounds that take turns, on a card that nobody else uses.
+asserted as they stand: medians of rounds that take turns, on a card that nobody else uses. On a
+stand-in GPU no time means anything: bytes alone are asserted there.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def _name(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"InPlaceABN {'x'.join(map(str, shape))} {dtype}".replace("torch.", "")
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize(("shape", "dtype"), EVERY)
 def test_it_takes_three_quarters_of_the_eager_pairs_time(
     benchmark: BenchmarkFixture, shape: tuple[int, ...], dtype: torch.dtype
@@ -59,6 +61,7 @@ def test_it_takes_three_quarters_of_the_eager_pairs_time(
     assert ratio is None or ratio.ratio <= ratio.goal
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize(("shape", "dtype"), EVERY)
 def test_it_is_not_slower_than_the_compiled_pair(
     benchmark: BenchmarkFixture, shape: tuple[int, ...], dtype: torch.dtype
@@ -71,6 +74,7 @@ def test_it_is_not_slower_than_the_compiled_pair(
     assert ratio is None or ratio.ratio <= ratio.goal
 
 
+@pytest.mark.needs_kernels
 @pytest.mark.parametrize(("shape", "dtype"), EVERY)
 def test_it_moves_three_quarters_of_the_bytes_that_a_copy_moves(
     benchmark: BenchmarkFixture, shape: tuple[int, ...], dtype: torch.dtype
@@ -112,6 +116,7 @@ def test_the_peak_is_what_the_formula_says(shape: tuple[int, ...], dtype: torch.
     assert peak == 4 * (channels + 2 * channels + partials + 2 * channels)
 
 
+@pytest.mark.needs_kernels
 def test_the_fcns_step_is_not_slower_than_with_batch_norm(benchmark: BenchmarkFixture) -> None:
     """CCBlocks and half precision in both: the paper's last step, in-place ABN, is asked for."""
 

@@ -20,6 +20,7 @@ from bench.case import Case
 from bench.child import Child
 from bench.predict.cards import find_card
 from bench.predict.shim import ShimUnavailable, build_shim
+from tests.benchmarks.side_by_side import skip_if_busy
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (96, 96, 96)
@@ -50,8 +51,11 @@ def worker() -> Iterator[Child]:
 
 
 def assert_below(benchmark: BenchmarkFixture, limit_s: float) -> None:
-    if benchmark.stats:  # absent where benchmarks are disabled
-        assert benchmark.stats.stats.min < limit_s
+    if not benchmark.stats:  # benchmarks are disabled
+        return
+    if benchmark.stats.stats.min >= limit_s:
+        skip_if_busy()
+    assert benchmark.stats.stats.min < limit_s
 
 
 def membench(*arguments: str) -> subprocess.CompletedProcess[str]:

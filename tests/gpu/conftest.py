@@ -1,6 +1,7 @@
 """Everything in this folder needs a GPU, and is skipped, visibly, without one.
 
-On a stand-in GPU (``tests/stand_in``) all runs but what is marked ``needs_kernels``.
+On a stand-in GPU (``tests/stand_in``) all runs but what is marked ``needs_kernels``, of which
+``tests/conftest.py`` takes care.
 """
 
 from __future__ import annotations
@@ -18,12 +19,3 @@ def _gpu() -> None:
         pytest.skip("needs a CUDA GPU")
     # Even when it is empty, torch reads the old name first and then not PYTORCH_ALLOC_CONF.
     os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-
-
-@pytest.fixture(autouse=True)
-def _kernels(request: pytest.FixtureRequest, _gpu: None) -> None:
-    import torch
-
-    wanted = request.node.get_closest_marker("needs_kernels") is not None
-    if wanted and torch.cuda.get_device_name(0).startswith("stand-in"):
-        pytest.skip("needs kernels that run")

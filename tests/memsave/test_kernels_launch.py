@@ -82,6 +82,13 @@ def test_a_second_launch_gives_addresses_and_the_numbers_of_its_own(triton: _Tri
     assert triton.launched == [("1 past hooks", expected)]
 
 
+class _Elsewhere(torch.Tensor):
+    """On another device, by its word."""
+
+    def get_device(self) -> int:
+        return 1
+
+
 X = torch.ones(8)
 OTHERS: dict[str, tuple[int, int, tuple[Any, ...], tuple[float, ...], tuple[Any, ...]]] = {
     "programs": (2, 8, (X, X), (0.5,), (4,)),
@@ -90,6 +97,7 @@ OTHERS: dict[str, tuple[int, int, tuple[Any, ...], tuple[float, ...], tuple[Any,
     "no tensor": (3, 8, (X, None), (0.5,), (4,)),
     "size": (3, 8, (X, X), (0.5,), (5,)),
     "address": (3, 8, (X, X[1:]), (0.5,), (4,)),
+    "device": (3, 8, (X, X.as_subclass(_Elsewhere)), (0.5,), (4,)),
 }
 
 

@@ -155,7 +155,7 @@ def test_a_case_is_predicted_for_a_card_of_the_stand_ins_memory_and_no_workspace
 
     cards: list[Card] = []
 
-    def predicted(records: list[Record], _progress: Any) -> Any:
+    def predicted(records: list[Record], *_: Any) -> Any:
         card = fidelity.card_of(records[0])
         cards.append(card)
         return card, [(r, make_record()) for r in records]

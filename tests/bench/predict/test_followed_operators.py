@@ -69,6 +69,12 @@ def put(x, i, v):
 def taken(x, i):
     return x[i]
 
+def number_at_list(x):
+    x[:, [0, 2]] = 1.0
+
+def number_at(x, i):
+    x[i] = 1.0
+
 bce = F.binary_cross_entropy_with_logits
 print(json.dumps({
     "norm": seen(norm, lambda: new(200, 48), *[lambda: new(48)] * 2),
@@ -97,6 +103,12 @@ print(json.dumps({
     "index backward between": seen(
         lambda *t: gradients(lambda x, i, j: x[i, :, j], *t), lambda: new(9, 300, 7, grad=True),
         lambda: longs(5000), lambda: longs(5000)),
+    "index from the host": seen(lambda x, i: x[:, i], lambda: new(9, 4, 500),
+                                lambda: torch.tensor([0, 2])),
+    "put a number at a list": seen(number_at_list, lambda: new(9, 4, 5)),
+    "put a number": seen(number_at, lambda: new(300, 3), lambda: longs(5000)),
+    "put a number at a mask": seen(number_at, lambda: new(300, 3),
+                                   lambda: longs(300, 3, dtype=torch.bool)),
     "put": seen(put, lambda: new(300, 3), lambda: longs(5000), lambda: new(3)),
     "put int": seen(put, lambda: new(300, 3), lambda: longs(5000, dtype=torch.int32),
                     lambda: new(5000, 3)),
@@ -266,6 +278,11 @@ _LINEAR = [_INDEX, _INDEX, -_INDEX]  # the remainder, times the stride
             "index backward",
             [_FOUND, _FOUND, _TABLE, *_LINEAR, *_SORTED, -_INDEX, -_FOUND, -_FOUND],
         ),
+        # Indices and a number come from the host: two int64, one float32.
+        ("index from the host", [16, 4 * 9 * 2 * 500, -16]),
+        ("put a number at a list", [16, 4, -4, -16]),
+        ("put a number", [4, -4]),
+        ("put a number at a mask", [4, -4]),
         ("put", [*_LINEAR, _FOUND, *_SORTED, -_FOUND, -_INDEX]),
         ("put int", [_INDEX, *_LINEAR, -_INDEX, *_SORTED, -_INDEX]),
         ("put turned", [_TABLE, *_LINEAR, *_SORTED, -_INDEX, -_TABLE]),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.predict import call_notes
+from bench.predict import matrix_products
 from bench.predict.tracer import Tracer
 
 SIDE = 16
@@ -62,7 +62,7 @@ def test_where_cublaslt_shares_nothing_linear_layers_keep_a_mebibyte(
     monkeypatch: pytest.MonkeyPatch, shared: bool, workspaces: int
 ) -> None:
     """As in torch 2.11; in backward, products have no bias and stay with cuBLAS."""
-    monkeypatch.setattr(call_notes, "_SHARED", shared)
+    monkeypatch.setattr(matrix_products, "_SHARED", shared)
     trace = linear_steps(2).trace
     kept = [e[1] for e in trace.events if e[0] == "alloc" and e[2] == 1 << 20]
     assert [trace.categories[identity] for identity in kept] == ["workspace"] * workspaces
