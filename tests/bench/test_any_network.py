@@ -303,6 +303,13 @@ def test_a_prediction_without_training_has_neither_gradients_nor_loss() -> None:
     assert held_bytes(trace, "input") == 4 * 8**3
 
 
+def test_what_a_constructor_holds_for_a_moment_is_traced_before_the_step() -> None:
+    trace = traced(case_of("WorksOutATable", "1x1x8x8x8"))
+    table = next(e[1] for e in trace.events if e[0] == "alloc" and e[2] == 4 * 512 * 512)
+    events = [event[:2] for event in trace.events]
+    assert events.index(("free", table)) < events.index(("phase", "forward"))
+
+
 def test_the_same_workload_runs_on_real_tensors() -> None:
     """What is predicted is what is measured: one code, on the CPU here."""
     case = case_of("Flexible", loss="cross_entropy", techniques=(
