@@ -64,9 +64,7 @@ def build_model(
     _import_as_elsewhere(imported)
     fake_mode = _active_fake_mode()
     if fake_mode is None:
-        model = make()
-        if all(tensor.device.type == "cpu" for tensor in model.parameters()):
-            model.to(device)  # made as its module was imported
+        model = _moved(make(), device)
         return model, _apply(case, model, inputs), ()
     with _disable_current_modes():
         model, notes = _without_weights(make, fake_mode, device, meta=bool(case.techniques))
@@ -77,6 +75,16 @@ def build_model(
         model = applied.model
     _place(model, device)
     return model, applied, notes
+
+
+def _moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move what a constructor made elsewhere, as a training script does with the whole network."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        return model.to_empty(device=device)
+    if any(tensor.device.type != device.type for tensor in tensors):
+        model.to(device)
+    return model
 
 
 def _import_as_elsewhere(imported: Imported) -> None:
@@ -145,10 +153,10 @@ def _as_constructed(
             _check_made(module, name, tensor)
     with converting_fakes(), Instead(device):
         model = make()
-    if {id(t) for t in unseen.state_dict(keep_vars=True).values()} & {
+    kept = {id(t) for t in unseen.state_dict(keep_vars=True).values()} & {
         id(t) for t in model.state_dict(keep_vars=True).values()
-    }:
-        _place(model, device)  # one that is kept: no constructor ran
+    }
+    _place(model, device, elsewhere=not kept)  # of one that is kept no constructor ran
     return model
 
 
@@ -162,11 +170,16 @@ def _apply(case: Case, model: nn.Module, inputs: tuple[InputSpec, ...]) -> Appli
     return memsave.apply(model, entries, example_inputs=examples)
 
 
-def _place(model: nn.Module, device: torch.device) -> None:
-    """Make every tensor of ``model`` anew on ``device``; one that stands twice is made once."""
+def _place(model: nn.Module, device: torch.device, *, elsewhere: bool = False) -> None:
+    """Make every tensor of ``model`` anew on ``device``; one that stands twice is made once.
+
+    ``elsewhere``: only those that are on another device.
+    """
     made: dict[int, Tensor] = {}
 
     def anew(tensor: Tensor) -> Tensor:
+        if elsewhere and tensor.device == device:
+            return tensor
         if id(tensor) not in made:
             fresh = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
@@ -181,13 +194,14 @@ def _place(model: nn.Module, device: torch.device) -> None:
         for name, tensor in list(_own_tensors(module)):
             old.append(tensor)
             _check_made(module, name, tensor)
-            setattr(module, name, anew(tensor))
+            if (new := anew(tensor)) is not tensor:
+                setattr(module, name, new)
         for name, value in list(vars(module).items()):
             if isinstance(value, list | tuple | dict) and not name.startswith("_"):
                 old += _tensors_inside(value)
                 setattr(module, name, _anew_inside(value, anew))
     for module in model.modules():
-        if isinstance(module, nn.RNNBase):
+        if made and isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # as its constructor did, where cuDNN is to run it
 
 
@@ -217,15 +231,15 @@ def _tensors_inside(value: Any, levels: int = 8) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors_inside(part, levels - 1)]
 
 
-def _anew_inside(value: Any, anew: Callable[[Tensor], Tensor]) -> Any:
+def _anew_inside(value: Any, anew: Callable[[Tensor], Tensor], levels: int = 8) -> Any:
     """Make the tensors of a container anew, within it: another module may hold it as well."""
     if isinstance(value, Tensor):
         return anew(value)
-    if not _tensors_inside(value):
+    if not _tensors_inside(value, levels):
         return value
     if isinstance(value, tuple):
-        parts = [_anew_inside(part, anew) for part in value]
+        parts = [_anew_inside(part, anew, levels - 1) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        value[key] = _anew_inside(part, anew)
+        value[key] = _anew_inside(part, anew, levels - 1)
     return value

@@ -165,8 +165,15 @@ class SharedList(Flexible):
         return result
 
 
+def made_on_meta() -> Flexible:
+    with torch.device("meta"):
+        return Flexible()
+
+
 class WorksOutATable(Flexible):
     """Its constructor needs 1 MiB for a moment, where the network is made."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()

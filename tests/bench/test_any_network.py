@@ -310,6 +310,14 @@ def test_what_a_constructor_holds_for_a_moment_is_traced_before_the_step() -> No
     assert events.index(("free", table)) < events.index(("phase", "forward"))
 
 
+def test_what_a_factory_makes_elsewhere_is_moved_as_a_script_would() -> None:
+    here, elsewhere = (case_of(name, "1x1x8x8x8") for name in ("Flexible", "made_on_meta"))
+    assert held_bytes(traced(elsewhere), "parameter") == held_bytes(traced(here), "parameter") > 0
+    workload = build_workload(elsewhere, lambda _phase: None, "cpu")
+    workload.step(lambda _phase: None)
+    assert all(weight.device.type == "cpu" for weight in workload.model.parameters())
+
+
 def test_the_same_workload_runs_on_real_tensors() -> None:
     """What is predicted is what is measured: one code, on the CPU here."""
     case = case_of("Flexible", loss="cross_entropy", techniques=(
