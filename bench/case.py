@@ -12,7 +12,16 @@ from typing import Any, Literal
 from bench.errors import MembenchError
 from bench.imported import Imported
 
-__all__ = ["Case", "Mode", "PaperFigure", "PaperTime", "Precision", "TechniqueUse", "known_fields"]
+__all__ = [
+    "Case",
+    "Mode",
+    "PaperFigure",
+    "PaperTime",
+    "Precision",
+    "TechniqueUse",
+    "definition_digest",
+    "known_fields",
+]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Mode = Literal["train", "infer"]
@@ -163,3 +172,11 @@ def known_fields(cls: type, data: dict[str, Any]) -> dict[str, Any]:
 @cache
 def _field_names(cls: type) -> frozenset[str]:  # asked a hundred times for every record read
     return frozenset(f.name for f in dataclasses.fields(cls))
+
+
+def definition_digest(definition: dict[str, Any]) -> str | None:
+    """Return the digest of the case that is defined so, None for data that are no case's."""
+    try:
+        return Case.from_definition(definition).digest()
+    except MembenchError:  # from elsewhere, or of another time
+        return None

@@ -6,7 +6,6 @@ The tracer is not believed but tried, in a child process. torch is not imported 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -79,8 +78,7 @@ def _torch() -> Check:
     advice = f'nothing runs without it: pip install "torch>={oldest}"'
     if torch is None:
         return Check(name="torch", state="missing", found="not installed", advice=advice)
-    version = re.match(r"(\d+)\.(\d+)", torch.version)
-    if version is None or (int(version[1]), int(version[2])) < _OLDEST_TORCH:
+    if torch.release is None or torch.release < _OLDEST_TORCH:
         found = f"{torch.version} is older than {oldest}"
         return Check(name="torch", state="problem", found=found, advice=advice)
     return Check(name="torch", state="ok", found=f"{torch.version} in {torch.folder}")

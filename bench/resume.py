@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.case import Case
-from bench.errors import MembenchError
+from bench.case import Case, definition_digest
 from bench.record import Record, read_records
 from bench.runner import Run
 
@@ -37,10 +36,7 @@ def finished_cases(run: Run) -> dict[str, Record]:
             records[record.case].append(record)
 
     def stands(record: Record) -> bool:
-        try:
-            digest = Case.from_definition(record.definition).digest()
-        except MembenchError:  # of another time: the case is run again
-            return False
+        digest = definition_digest(record.definition)
         return digest == digests[record.case] and _made_alike(record, run)
 
     finished = {}

@@ -169,7 +169,7 @@ def _align(path: Path, records: list[Record]) -> Alignment:
 
 def _traced(path: Path, definition: Mapping[str, Any], records: list[Record]) -> Record:
     """Return the record of the trace's case: by its definition where the file has one."""
-    from bench.case import Case
+    from bench.case import Case, definition_digest
 
     names = ", ".join(list(dict.fromkeys(r.case for r in records))[:10])
     if definition:
@@ -177,7 +177,7 @@ def _traced(path: Path, definition: Mapping[str, Any], records: list[Record]) ->
             case = Case.from_definition(dict(definition))
         except MembenchError as error:
             raise MembenchError(f"{path}: {error}") from None
-        same = [r for r in records if _is_of(r, case.digest())]
+        same = [r for r in records if definition_digest(r.definition) == case.digest()]
         if not same:
             raise MembenchError(
                 f"{path} is of {case.name}, of which there is no such measured record; there are "
@@ -187,15 +187,6 @@ def _traced(path: Path, definition: Mapping[str, Any], records: list[Record]) ->
     if len({r.case for r in records}) > 1:
         raise MembenchError(f"--trace is of one case, name it with --case: {names}")
     return records[-1]
-
-
-def _is_of(record: Record, digest: str) -> bool:
-    from bench.case import Case
-
-    try:
-        return Case.from_definition(record.definition).digest() == digest
-    except MembenchError:  # a record from elsewhere, of something that this version has not
-        return False
 
 
 def _print_alignment(found: Alignment, json: bool) -> None:

@@ -38,11 +38,10 @@ _ALL_NEWER_ARE_LARGE = (2, 12)
 
 
 @cache
-def _installed_torch() -> tuple[int, ...]:
+def _installed_torch() -> tuple[int, int]:
     """Return the release of the torch that is here, not imported; that of the rule without one."""
     torch = torch_build()
-    found = None if torch is None else re.match(r"(\d+)\.(\d+)", torch.version)
-    return _ALL_NEWER_ARE_LARGE if found is None else tuple(map(int, found.groups()))
+    return (torch and torch.release) or _ALL_NEWER_ARE_LARGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,6 +63,12 @@ class TorchBuild:
     git_version: str
     cuda: str | None
     hip: str | None
+
+    @property
+    def release(self) -> tuple[int, int] | None:
+        """``(2, 13)`` of 2.13.0+cpu, None of a version that does not begin so."""
+        found = re.match(r"(\d+)\.(\d+)", self.version)
+        return (int(found[1]), int(found[2])) if found else None
 
 
 def torch_build() -> TorchBuild | None:

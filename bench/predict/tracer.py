@@ -138,7 +138,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._linear_layers.made(packet, result)
             hidden = hidden_bytes(packet, args, result)
             if args and _is_on(args[0], self.device_type):
-                held = [self._alloc(size, _copy_in(site)) for size in hidden]
+                held = self._take(hidden, site)
                 self._matrix_product(packet, args, kwargs or {}, site)
                 self._release(held)
             if not hidden and self._watching and str(func) in self._watched:
@@ -304,7 +304,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._release(copies)
         self._record_result(bias_gradient, site)
         if bias_gradient is not None:
-            self._hold(bias_gradient_bytes(gradient), site)
+            self._release(self._take(bias_gradient_bytes(gradient), site))
 
     def _workspace(
         self,
@@ -342,9 +342,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops.add(packet, args, kwargs, result, in_module=bool(self._module_stack))
         return result
 
-    def _hold(self, sizes: tuple[int, ...], site: Site) -> None:
+    def _take(self, sizes: tuple[int, ...], site: Site) -> list[int]:
         """Take what is given back once the operator has run."""
-        self._release([self._alloc(size, _copy_in(site)) for size in sizes])
+        return [self._alloc(size, _copy_in(site)) for size in sizes]
 
     def _release(self, identities: list[int]) -> None:
         self.trace.events.extend(("free", identity) for identity in identities)

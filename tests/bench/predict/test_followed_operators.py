@@ -6,10 +6,6 @@ here are worked out from shapes. The program's own tensors, which come first, ar
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -17,8 +13,8 @@ from bench.predict.cards import find_card
 from bench.predict.dense_copies import dense_copies
 from bench.predict.device_sorts import radix_sort_bytes
 from bench.predict.layer_norms import partial_rows
-from bench.predict.shim import ShimUnavailable, build_shim
 from bench.predict.traced_card import trace_for
+from tests.bench.predict.fake_cuda import printed_by
 
 _aten = torch.ops.aten
 
@@ -157,14 +153,7 @@ _Seen = dict[str, list[int] | str]
 
 @pytest.fixture(scope="module")
 def seen() -> _Seen:
-    try:
-        build_shim()
-    except ShimUnavailable as error:
-        pytest.skip(str(error))
-    command = [sys.executable, "-W", "ignore", "-c", _PROGRAMS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: _Seen = json.loads(done.stdout.splitlines()[-1])
+    found: _Seen = printed_by(_PROGRAMS)
     return found
 
 

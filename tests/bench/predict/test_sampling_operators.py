@@ -6,13 +6,9 @@ out from shapes. The program's own tensors, which come first, are left out.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from bench.predict.shim import ShimUnavailable, build_shim
+from tests.bench.predict.fake_cuda import printed_by
 
 _PROGRAMS = """
 import json
@@ -116,14 +112,7 @@ _Seen = dict[str, "list[int | str] | bool | str"]
 
 @pytest.fixture(scope="module")
 def seen() -> _Seen:
-    try:
-        build_shim()
-    except ShimUnavailable as error:
-        pytest.skip(str(error))
-    command = [sys.executable, "-W", "ignore", "-c", _PROGRAMS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: _Seen = json.loads(done.stdout.splitlines()[-1])
+    found: _Seen = printed_by(_PROGRAMS)
     return found
 
 
